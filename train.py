@@ -1,0 +1,1296 @@
+"""Train Dreamer 4 on pixels, from random interaction to a policy that learned in its own dreams.
+
+    python train.py --preset cpu                     # all phases, on a laptop; --run runs/NAME to keep several
+    python train.py --phase collect                  # random driving -> runs/default/data/*.npz
+    python train.py --phase tokenizer                # masked autoencoder: frames -> latents
+    python train.py --phase dynamics                 # shortcut forcing: the world model
+    python train.py --phase agent                    # agent token: behaviour cloning, reward, continuation
+    python train.py --phase imagination              # PMPO inside the dreams
+    python train.py --phase evaluate --checkpoint runs/default/agent.pt
+    python train.py --phase dream                    # GIF: truth above, dream below, same actions
+    python train.py --phase bench                    # speed on this machine
+    torchrun --nproc_per_node 2 train.py             # several GPUs or processes
+
+A phase that is interrupted (Ctrl-C, SIGTERM, SIGKILL) continues when the same command is given again.
+Every field of the two configs (dreamer4.Config and TrainConfig below) is a flag.
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import re
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from dreamer4 import Agent, Block, Cache, Config, Dream, Dynamics, Tokenizer, frozen, imagine
+
+PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination", "evaluate", "dream", "bench", "all")
+
+
+@dataclass
+class TrainConfig(Config):
+    """Data, environment and optimization, on top of the model's Config."""
+    env: str = "CarRacing-v3"       # Gymnasium id with image observations, or one that renders rgb_array
+    action_bins: int = 5            # bins of a continuous action dimension, both ends included
+    action_repeat: int = 4          # environment steps per agent step
+    episode_frames: int = 1000      # longest episode in agent steps
+    envs: int = 8                   # environments played side by side, each in its own process
+    collect_episodes: int = 240     # episodes of random interaction
+    hold: int = 8                   # random actions are held for 1 ... hold agent steps, per component
+    uniform_share: float = 0.1      # share of random episodes with a new uniform action in every step
+    rounds: int = 1                 # rounds of collect -> agent -> imagination; later ones collect by policy
+    round_episodes: int = 80        # episodes that the policy collects in every later round
+    policy_random: float = 0.1      # share of random actions when the policy collects
+    batch_size: int = 16            # sequences per training step, over all processes
+    short_length: int = 12          # frames of a short training sequence, T1
+    long_length: int = 32           # frames of a long one, T2: longer than the context C
+    long_every: int = 4             # every n-th batch is long (and smaller: the same number of frames)
+    rewarded_share: float = 0.3     # share of sequences drawn around a rewarded frame (agent phase, contexts)
+    tokenizer_batch: int = 8        # sequences per tokenizer step
+    tokenizer_length: int = 8       # frames of a tokenizer sequence: more than tokenizer_context
+    tokenizer_steps: int = 3000     # training steps of the tokenizer
+    mask_ramp: float = 0.5          # share of tokenizer training over which masking ramps up from none
+    dynamics_steps: int = 3000      # training steps of the dynamics
+    agent_steps: int = 1500         # training steps of agent finetuning, in every round
+    imagination_steps: int = 300    # rollouts of imagination training, in every round
+    rollouts: int = 64              # imagined sequences per step
+    rollout_context: int = 8        # real frames an imagined sequence starts from
+    horizon: int = 16               # imagined frames, H
+    updates: int = 4                # gradient steps on every batch of rollouts
+    value_steps: int = 30           # rollouts that train only the value head, at first
+    k: int = 4                      # denoising steps of a dreamed frame, K
+    tokenizer_lr: float = 1e-3      # peak learning rates (AdamW) ...
+    dynamics_lr: float = 1e-3       # ... of the dynamics, and in agent finetuning
+    policy_lr: float = 3e-4         # ... of policy and value head in imagination
+    warmup: int = 100               # steps over which the learning rate rises
+    cooldown: float = 0.3           # share of the steps over which it falls to a tenth, at the end
+    weight_decay: float = 0.01      # AdamW weight decay of matrices
+    ema: float = 0.998              # decay of the averaged weights that everything is used with
+    eval_episodes: int = 20         # real episodes per policy in evaluation
+    compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
+    save_seconds: float = 120.0     # time between checkpoints
+
+
+PRESETS = {
+    "tiny": dict(tokenizer_width=32, tokenizer_depth=2, tokenizer_heads=2, latents=8, latent_channels=8, width=32,
+                 depth=4, heads=2, kv_heads=1, registers=1, context=8, head_width=32, pack=2, k_max=4,
+                 episode_frames=40, envs=2, collect_episodes=6, batch_size=4, short_length=6, long_length=12,
+                 tokenizer_batch=4, tokenizer_steps=30, dynamics_steps=30, agent_steps=20, imagination_steps=6,
+                 rollouts=4, rollout_context=4, horizon=4, value_steps=2, warmup=10, eval_episodes=2),
+    "cpu": dict(pack=4),
+    "gpu": dict(image_size=(96, 96), tokenizer_width=384, tokenizer_depth=6, latents=32, width=512, depth=12,
+                heads=8, kv_heads=2, registers=4, context=32, batch_size=64, short_length=24, long_length=64,
+                tokenizer_batch=32, tokenizer_steps=20000, dynamics_steps=40000, agent_steps=10000,
+                imagination_steps=1000, rollouts=256, head_width=512, collect_episodes=1000, envs=16,
+                round_episodes=200, tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999, compile=True),
+    "minerl": dict(latent_channels=32, tokenizer_width=256, tokenizer_depth=6, tokenizer_heads=8, depth=6, heads=8,
+                   kv_heads=2, registers=4, pack=1, batch_size=8, short_length=16, long_length=16,
+                   tokenizer_batch=8, tokenizer_length=16),
+    "paper": dict(image_size=(360, 640), patch=16, latents=512, latent_channels=16, tokenizer_width=1024,
+                  tokenizer_depth=16, tokenizer_heads=16, pack=2, width=1920, depth=32, heads=30, kv_heads=6,
+                  registers=8, context=192, k_max=64, head_width=1920, short_length=64, long_length=256,
+                  action_spec=(2,) * 23 + (121,)),
+}
+# Config fields that may change between phases; the others are the architecture, which a checkpoint fixes
+TUNABLE = {"mask_max", "shortcut_every", "separate_images", "checkpointing", "context_share", "unimix",
+           "gamma", "lam", "alpha", "beta"}
+FORMAT = 1                                                          # version of the checkpoint files
+EVALUATION_SEEDS = 1_000_000_000                                    # collection uses smaller ones
+
+
+def fail(message):
+    """Ends the program with one line: what is wrong, where, and what to do."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Actions: every space becomes a tuple of category counts. A space is described by plain JSON, which goes
+# into the checkpoint; the three functions below need only that description.
+
+def describe(space, bins):
+    """Gymnasium action space -> nested plain lists and dicts."""
+    kind = type(space).__name__
+    if kind == "Box":
+        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+            fail(f"action space {space} is unbounded: wrap it with gymnasium.wrappers.RescaleAction")
+        return {"box": [space.low.tolist(), space.high.tolist()], "bins": bins, "dtype": str(space.dtype)}
+    if kind == "Discrete":
+        return {"discrete": int(space.n), "start": int(space.start)}
+    if kind == "MultiDiscrete":
+        return {"multi": space.nvec.tolist(), "start": space.start.tolist()}
+    if kind == "MultiBinary":
+        return {"multi": np.full(space.shape, 2).tolist(), "start": np.zeros(space.shape, int).tolist()}
+    if kind == "Tuple":
+        return {"tuple": [describe(part, bins) for part in space.spaces]}
+    if kind == "Dict":
+        return {"dict": {name: describe(part, bins) for name, part in space.spaces.items()}}
+    fail(f"action space {space} is not supported: Box, Discrete, MultiDiscrete, MultiBinary, Tuple, Dict are")
+
+
+def parts(description):
+    """The children of a nested description as (key, description), or None for a leaf."""
+    if "tuple" in description:
+        return list(enumerate(description["tuple"]))
+    return list(description["dict"].items()) if "dict" in description else None
+
+
+def action_sizes(description):
+    """Description -> tuple of category counts, in the order of the action's components."""
+    if parts(description) is not None:
+        return tuple(n for _, part in parts(description) for n in action_sizes(part))
+    if "discrete" in description:
+        return (description["discrete"],)
+    if "box" in description:
+        return (description["bins"],) * int(np.size(description["box"][0]))
+    return tuple(np.ravel(description["multi"]).tolist())
+
+
+def to_action(description, indices):
+    """Category indices (A,) -> an action of the space."""
+    if parts(description) is not None:
+        actions, start = [], 0
+        for key, part in parts(description):
+            count = len(action_sizes(part))
+            actions.append((key, to_action(part, indices[start:start + count])))
+            start += count
+        return dict(actions) if "dict" in description else tuple(action for _, action in actions)
+    if "discrete" in description:
+        return int(indices[0]) + description["start"]
+    if "box" in description:
+        low, high = (np.array(end, description["dtype"]) for end in description["box"])
+        share = np.reshape(indices, low.shape) / max(description["bins"] - 1, 1)
+        return (low + (high - low) * share).astype(description["dtype"])
+    return np.reshape(indices, np.shape(description["multi"])) + np.array(description["start"])
+
+
+def to_indices(description, action):
+    """An action of the space -> category indices (A,); continuous values go to the nearest bin."""
+    if parts(description) is not None:
+        return np.concatenate([to_indices(part, action[key]) for key, part in parts(description)])
+    if "discrete" in description:
+        return np.array([int(action) - description["start"]], np.int16)
+    if "box" in description:
+        low, high = (np.array(end, np.float64) for end in description["box"])
+        share = (np.asarray(action, np.float64) - low) / np.where(high > low, high - low, 1)
+        return (share.clip(0, 1) * (description["bins"] - 1)).round().astype(np.int16).ravel()
+    return (np.asarray(action) - np.array(description["start"])).astype(np.int16).ravel()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Environment
+
+def make_env(cfg):
+    """The bare environment of --env. CarRacing gets gas and brake on one axis: action (steer, pedal) in [-1, 1]."""
+    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")                     # headless
+    try:
+        env = gym.make(cfg.env, render_mode="rgb_array", disable_env_checker=True)
+    except gym.error.DependencyNotInstalled as error:
+        fail(f"--env {cfg.env}: {error}")
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env {cfg.env}: {error} (pip install what it needs, or see gymnasium.envs.registry for the ids)")
+    if cfg.env.startswith("CarRacing") and isinstance(env.action_space, gym.spaces.Box):
+        pedals = lambda a: np.array([a[0], max(a[1], 0), max(-a[1], 0)], np.float32)
+        env = gym.wrappers.TransformAction(env, pedals, gym.spaces.Box(-1, 1, (2,), np.float32))
+    return env
+
+
+class PixelEnv(gym.Env):
+    """Frames (H, W, 3) uint8 in the environment's own size, actions as category indices, actions repeated.
+
+    After the end of an episode it stands still, so that a vector of environments can run on.
+    """
+
+    def __init__(self, cfg):
+        self.env, self.cfg, self.skipping = make_env(cfg), cfg, False
+        self.description = describe(self.env.action_space, cfg.action_bins)
+        space = self.env.observation_space
+        self.renders = not (isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+                            and space.shape[-1] == 3)
+        if cfg.env.startswith("CarRacing"):             # frames that action repeat skips need no drawing,
+            draw = self.env.unwrapped._render           # which takes nearly all of the time
+            self.env.unwrapped._render = lambda mode: None if self.skipping else draw(mode)
+        self.action_space = gym.spaces.MultiDiscrete(action_sizes(self.description))
+        self.observation_space = gym.spaces.Box(0, 255, self.reset(seed=0)[0].shape, np.uint8)
+
+    def frame(self, observation):
+        return np.asarray(self.env.render() if self.renders else observation)[..., :3]
+
+    def reset(self, seed=None, options=None):
+        observation, info = self.env.reset(seed=seed)
+        self.steps, self.result = 0, None
+        self.last = self.frame(observation)
+        return self.last, {}
+
+    def step(self, indices):
+        if self.result is not None:
+            return self.last, 0.0, *self.result, {}
+        action, total, limit = to_action(self.description, indices), 0.0, self.env.spec.max_episode_steps
+        for i in range(self.cfg.action_repeat):
+            elapsed = self.steps * self.cfg.action_repeat + i + 1
+            self.skipping = i < self.cfg.action_repeat - 1 and elapsed != limit
+            observation, reward, terminated, truncated, _ = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        if self.skipping:                                           # ended on a frame that was not drawn
+            self.skipping = False
+            observation = self.env.unwrapped._render("state_pixels") if observation is None else observation
+        self.steps += 1
+        truncated = truncated or self.steps >= self.cfg.episode_frames - 1
+        if terminated or truncated:
+            self.result = (terminated, truncated)
+        self.last = self.frame(observation)
+        return self.last, total, terminated, truncated, {}
+
+    def close(self):
+        self.env.close()
+
+
+def resize(frames, size):
+    """uint8 frames (..., H, W, 3) -> (..., *size, 3), antialiased."""
+    if frames.shape[-3:-1] == tuple(size):
+        return frames
+    x = torch.from_numpy(np.ascontiguousarray(frames)).reshape(-1, *frames.shape[-3:]).permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, size=tuple(size), mode="bilinear", antialias=True).round().clamp(0, 255)
+    return x.permute(0, 2, 3, 1).to(torch.uint8).numpy().reshape(*frames.shape[:-3], *size, 3)
+
+
+class RandomPolicy:
+    """Random but useful: every action component is held for a while; some episodes change it in every step."""
+
+    def __init__(self, cfg, seed):
+        self.cfg, self.rng = cfg, np.random.default_rng(seed)
+
+    def reset(self, count):
+        A = len(self.cfg.action_spec)
+        self.left, self.action = np.zeros((count, A), int), np.zeros((count, A), np.int16)
+        self.longest = np.where(self.rng.random((count, 1)) < self.cfg.uniform_share, 1, self.cfg.hold)
+
+    def act(self, frames, actions):
+        """frames (n, H, W, 3), the actions (n, A) that led to them -> the next actions (n, A)."""
+        new = self.left == 0
+        self.action = np.where(new, self.rng.integers(0, self.cfg.action_spec, new.shape), self.action).astype(np.int16)
+        self.left = np.where(new, self.rng.integers(1, self.longest + 1, new.shape), self.left) - 1
+        return self.action
+
+
+class AgentPolicy:
+    """Tokenizer, world model and policy head as a policy for the real environment, through the Dream stream."""
+
+    def __init__(self, tokenizer, agent, cfg, seed, random_share=0.0):
+        self.tokenizer, self.agent, self.random_share = tokenizer, agent, random_share
+        self.device = next(agent.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.random = RandomPolicy(cfg, seed)
+
+    def reset(self, count):
+        self.cache, self.dream = Cache(), self.agent.dream(generator=self.generator, k=1)
+        self.values = []                                                    # v_t of every step, for evaluation
+        self.random.reset(count)
+
+    @torch.no_grad()
+    def act(self, frames, actions):
+        z = self.tokenizer.encode(to_images(frames[:, None], self.device), cache=self.cache)
+        h = self.dream.observe(z, torch.as_tensor(actions[:, None], device=self.device))[:, 0]
+        self.values.append(self.agent.value(h).cpu().numpy())
+        action = self.agent.sample(self.agent.policy(h), self.generator).cpu().numpy()
+        explore = self.random.rng.random((len(action), 1)) < self.random_share
+        return np.where(explore, self.random.act(frames, actions), action).astype(np.int16)
+
+
+def play(cfg, policy, seeds):
+    """Plays one episode per seed, cfg.envs at a time; yields (seed, episode) with the arrays of an episode file.
+
+    Episodes of agents also carry "values" (T,), what the value head expected at every frame.
+    """
+    seeds, count = list(seeds), min(cfg.envs, len(seeds))
+    if not count:
+        return
+    make_env(cfg).close()                                     # errors of the environment show here, in one line
+    envs = gym.vector.AsyncVectorEnv([lambda: PixelEnv(cfg)] * count, autoreset_mode="Disabled")
+    try:
+        for start in range(0, len(seeds), count):
+            wave = (seeds[start:] + [seeds[-1]] * count)[:count]              # the last wave may repeat a seed
+            frames = [resize(envs.reset(seed=wave)[0], cfg.image_size)]
+            actions, rewards = [np.full((count, len(cfg.action_spec)), -1, np.int16)], [np.zeros(count)]
+            ended, terminal = np.zeros(count, int), np.zeros(count, bool)
+            policy.reset(count)
+            while not ended.all():
+                check_stop()
+                actions.append(policy.act(frames[-1], actions[-1]))
+                frame, reward, done, cut, _ = envs.step(actions[-1])
+                frames.append(resize(frame, cfg.image_size))
+                rewards.append(reward)
+                terminal |= done
+                ended[(done | cut) & (ended == 0)] = len(frames)
+            for i, seed in enumerate(seeds[start:start + count]):
+                T = ended[i]
+                cut_off = lambda rows, dtype: np.stack([row[i] for row in rows[:T]]).astype(dtype)
+                episode = {"frames": cut_off(frames, np.uint8), "actions": cut_off(actions, np.int16),
+                           "rewards": cut_off(rewards, np.float32), "terminal": np.array(terminal[i])}
+                if hasattr(policy, "values"):
+                    episode["values"] = cut_off(policy.values + policy.values[-1:], np.float32)
+                yield seed, episode
+    finally:
+        envs.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files: episodes, checkpoints
+
+def write_file(path, write):
+    """Writes to a temporary name, then renames: a file is there as a whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                              # torch.save wraps a full disk so
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        fail(f"{path} could not be written ({error}); the file from before, if any, is intact. "
+             "Free some space and give the same command again")
+
+
+def load_episode(path, cfg):
+    """Reads and checks one episode file; the format is in the README."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            episode = {name: file[name] for name in ("frames", "actions", "rewards", "terminal")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"episode file {path} is damaged or no episode ({error}); delete it or make it again")
+    T, A = len(episode["frames"]), len(cfg.action_spec)
+    for name, shape, dtype in [("frames", (T, *cfg.image_size, 3), np.uint8), ("actions", (T, A), np.int16),
+                               ("rewards", (T,), np.float32), ("terminal", (), np.bool_)]:
+        if episode[name].shape != shape or episode[name].dtype != dtype:
+            fail(f"episode file {path}: {name} is {episode[name].shape} {episode[name].dtype}, "
+                 f"this run wants {shape} {np.dtype(dtype)}; use another --run or convert it")
+    if (episode["actions"] < -1).any() or (episode["actions"] >= np.array(cfg.action_spec)).any():
+        fail(f"episode file {path}: actions outside of the action spec {cfg.action_spec}; use another --run")
+    if not np.isfinite(episode["rewards"]).all():
+        fail(f"episode file {path}: rewards are not finite; delete it or make it again")
+    return episode
+
+
+class Data:
+    """All episodes of a run in memory. Every tenth is held out and never trains anything."""
+
+    def __init__(self, cfg, folder):
+        self.cfg, self.paths = cfg, sorted(Path(folder).glob("*.npz"))
+        if len(self.paths) < 2:
+            fail(f"{folder} holds {len(self.paths)} episodes, at least 2 are needed; "
+                 "run: python train.py --phase collect (with the same --run)")
+        self.episodes = [load_episode(path, cfg) for path in self.paths]
+        self.held_out = [e for i, e in enumerate(self.episodes) if i % 10 == 0]
+        self.train = [e for i, e in enumerate(self.episodes) if i % 10]
+        rewards = np.concatenate([e["rewards"][1:] for e in self.train])
+        self.usual_reward = float(np.median(rewards))             # in many tasks every step costs a little
+        self.reward_share = float((np.abs(rewards - self.usual_reward) > 1e-3).mean())
+        self.reward_std = float(rewards.std())
+        self.frames = sum(len(e["frames"]) for e in self.train)
+
+    def encode(self, tokenizer, folder):
+        """Gives every episode its latents (T, N, Z) float16: streamed once, then read from the folder.
+
+        tokenizer: the frozen one. The folder's name carries a checksum of its weights.
+        """
+        weights = b"".join(p.float().cpu().numpy().tobytes() for p in tokenizer.parameters())
+        folder = Path(folder) / f"latents-{zlib.crc32(weights):08x}"
+        started, count = time.time(), 0
+        for path, episode in zip(self.paths, self.episodes):
+            check_stop()
+            cached = folder / f"{path.stem}.npy"
+            try:
+                episode["latents"] = np.load(cached, allow_pickle=False)
+                assert len(episode["latents"]) == len(episode["frames"])
+            except (OSError, ValueError, EOFError, AssertionError):                  # not there, or damaged
+                episode["latents"] = encode(tokenizer, episode["frames"])
+                count += len(episode["frames"])
+                if main_process():
+                    write_file(cached, lambda file: np.save(file, episode["latents"]))
+        if count:
+            say(f"encoded {count} frames at {count / (time.time() - started):.0f} frames/s")
+
+    def sample(self, rng, B, T, names, rewarded_share=0.0):
+        """B random windows of T frames from training episodes -> arrays (B, T, ...), continues included.
+
+        A rewarded_share of the windows contains a frame whose reward is unusual.
+        """
+        long = [e for e in self.train if len(e["frames"]) >= T]
+        if not long:
+            fail(f"no training episode has {T} frames; use shorter sequences (--long_length, --tokenizer_length) "
+                 "or collect more")
+        chances = np.array([len(e["frames"]) - T + 1 for e in long], float)
+        windows = []
+        for index in rng.choice(len(long), B, p=chances / chances.sum()):
+            episode = long[index]
+            start = rng.integers(len(episode["frames"]) - T + 1)
+            special = np.flatnonzero(np.abs(episode["rewards"][1:] - self.usual_reward) > 1e-3) + 1
+            if rng.random() < rewarded_share and len(special):
+                start = np.clip(rng.choice(special) - rng.integers(T), 0, len(episode["frames"]) - T)
+            windows.append((episode, slice(start, start + T)))
+        batch = {name: np.stack([e[name][window] for e, window in windows]) for name in names}
+        continues = np.ones((B, T), np.float32)
+        for row, (e, window) in enumerate(windows):
+            continues[row, -1] = not (e["terminal"] and window.stop == len(e["frames"]))
+        return batch | {"continues": continues}
+
+
+def to_images(frames, device):
+    """uint8 frames (B, T, H, W, 3) -> float images (B, T, 3, H, W) in [0, 1]."""
+    return torch.as_tensor(frames, device=device).permute(0, 1, 4, 2, 3).float() / 255
+
+
+@torch.no_grad()
+def encode(tokenizer, frames, chunk=32):
+    """Streams frames (T, H, W, 3) through the tokenizer -> latents (T, N, Z) float16."""
+    cache, device = Cache(), next(tokenizer.parameters()).device
+    pieces = [tokenizer.encode(to_images(frames[None, t:t + chunk], device), cache=cache)[0]
+              for t in range(0, len(frames), chunk)]
+    return torch.cat(pieces).half().cpu().numpy()
+
+
+@torch.no_grad()
+def decode(tokenizer, latents, chunk=32):
+    """Streams latents (B, T, N, Z) through the decoder -> frames (B, T, H, W, 3) uint8."""
+    cache, latents = Cache(), torch.as_tensor(latents).to(next(tokenizer.parameters()).device).float()
+    pieces = [tokenizer.decode(latents[:, t:t + chunk], cache) for t in range(0, latents.shape[1], chunk)]
+    return (torch.cat(pieces, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint (tensors and plain values only)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"checkpoint {path} does not exist; train it first, or give another --checkpoint")
+    except Exception as error:                                         # torch raises many kinds on damaged files
+        fail(f"checkpoint {path} is damaged or no checkpoint ({str(error).splitlines()[0]}); restore it from a copy "
+             "or delete it and train that phase again")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        fail(f"checkpoint {path} is of another version (this code reads format {FORMAT}); train it again")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run: device, folder, logging, checkpoints. Loop: what all training loops share
+
+STOP = []                                                              # signals received
+
+
+def check_stop():
+    if STOP:
+        say("stopped; the same command continues")
+        raise SystemExit(130)
+
+
+def main_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(text):
+    if main_process():
+        print(text, flush=True)
+
+
+def model_config(cfg):
+    return Config(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
+
+
+class Run:
+    """One run folder and the device it trains on."""
+
+    def __init__(self, folder, cfg, seed, actions, overrides=()):
+        self.folder, self.cfg, self.seed, self.actions, self.round = Path(folder), cfg, seed, actions, 0
+        self.overrides = overrides
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        on_cpu = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
+        bf16 = torch.cuda.is_bf16_supported() if self.device != "cpu" else on_cpu
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+
+    def autocast(self):
+        return torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32)
+
+    def path(self, name):
+        return self.folder / name
+
+    def rows(self, batch):
+        """This process's share of a batch drawn for all (numpy or torch, equal on all processes) -> device."""
+        shard = lambda x: x[self.rank * len(x) // self.world:(self.rank + 1) * len(x) // self.world]
+        return {name: torch.as_tensor(shard(x)).to(self.device) for name, x in batch.items()}
+
+    def save(self, name, **state):
+        if main_process():
+            # the random state of a step follows from seed, phase, round and step: see Loop.__iter__
+            state = {"format": FORMAT, "seed": self.seed, "round": self.round, "config": asdict(self.cfg),
+                     "actions": json.dumps(self.actions), **state}
+            write_file(self.path(name), lambda file: torch.save(state, file))
+
+    def load(self, name, phase=None):
+        """The checkpoint, checked against this run; None where there is none, unless a phase is named to run."""
+        if not self.path(name).exists():
+            if phase:
+                fail(f"{self.path(name)} is missing; run first: python train.py --phase {phase} "
+                     f"--run {self.folder}")
+            return None
+        state = load_checkpoint(self.path(name))
+        adopt(self, state, self.path(name))
+        return state
+
+    def use(self, module):
+        """A frozen copy for everything but training: transformers in the precision of this device."""
+        module = frozen(module).to(self.device)
+        getattr(module, "dynamics", module).to(self.dtype)                          # heads stay in float32
+        return module
+
+    def log(self, phase, **numbers):
+        if main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path("metrics.jsonl"), "a") as file:
+                file.write(json.dumps({"phase": phase, "round": self.round, **numbers}) + "\n")
+
+    def data(self):
+        return Data(self.cfg, self.path("data"))
+
+
+def adopt(run, state, path):
+    """Takes the architecture from a checkpoint; refuses flags and action spaces that contradict it."""
+    names = {field.name for field in dataclasses.fields(Config)} - TUNABLE
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in state["config"].items()}
+    for name in names & set(run.overrides):
+        if saved[name] != getattr(run.cfg, name):
+            fail(f"--{name} {getattr(run.cfg, name)} contradicts {path}, made with {saved[name]}; "
+                 "drop the flag or use another --run")
+    if run.actions is not None and json.loads(state["actions"]) != run.actions:
+        fail(f"checkpoint {path} has another action space ({saved['action_spec']}) than {run.cfg.env} "
+             f"({run.cfg.action_spec}) with --action_bins {run.cfg.action_bins}; use another --run or --env")
+    for name in names:
+        setattr(run.cfg, name, saved[name])
+
+
+class Loop:
+    """A resumable training loop: for step in loop: loss = loop.train(...); loop.update(loss, metrics, frames).
+
+    It holds what the phases share: optimizer, learning rate, averaged weights, log, checkpoints, DDP. The
+    random state of step n follows from (seed, phase, round, n), so that a resumed run draws the same numbers.
+    """
+
+    def __init__(self, run, phase, file, model, ema, steps, lr, contents, state=None):
+        """ema: the averaged copy, or None; contents(): what goes into the checkpoint; state: one to continue."""
+        self.run, self.phase, self.file, self.model, self.ema = run, phase, file, model, ema
+        self.steps, self.lr, self.contents, cfg = steps, lr, contents, run.cfg
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": cfg.weight_decay},
+                  {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
+        self.first = 0
+        if state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.first = state["step"]
+        if cfg.compile:
+            for block in model.modules():
+                if isinstance(block, Block):
+                    block.compile(dynamic=False)
+        self.train = model
+        if run.world > 1:
+            self.train = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        say(f"[{phase}] round {run.round} on {run.device} in {str(run.dtype)[6:]}, {run.world} process(es), "
+            f"{sum(p.numel() for p in trained) / 1e6:.2f} M trained parameters, "
+            f"steps {self.first} ... {steps}")
+
+    def __iter__(self):
+        self.began = self.told = self.saved = time.time()
+        self.frames = 0
+        for self.step in range(self.first, self.steps):
+            sequence = np.random.SeedSequence((self.run.seed, PHASES.index(self.phase), self.run.round, self.step))
+            self.rng = np.random.default_rng(sequence)
+            torch.manual_seed(int(sequence.generate_state(1)[0]))          # equal on all processes
+            yield self.step
+            stop = torch.tensor(float(bool(STOP)), device=self.run.device)
+            if self.run.world > 1:
+                dist.all_reduce(stop)
+            if stop or time.time() - self.saved > self.run.cfg.save_seconds:
+                self.save()
+            if stop:
+                STOP.append("elsewhere")
+                check_stop()
+        self.save()
+
+    def save(self):
+        self.run.save(self.file, phase=self.phase, step=self.step + 1, optimizer=self.optimizer.state_dict(),
+                      **self.contents())
+        self.saved = time.time()
+
+    def update(self, loss, metrics, frames=0):
+        """One optimizer step on the loss, then averaged weights and log. frames: video frames of this step."""
+        cfg, done = self.run.cfg, self.step / self.steps
+        rise = min(1.0, (self.step + 1) / max(cfg.warmup, 1))
+        fall = min(1.0, 0.1 + 0.9 * (1 - done) / max(cfg.cooldown, 1e-9))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rise * fall
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+        if not torch.isfinite(norm) or not torch.isfinite(loss):
+            kept = self.run.path(self.file)
+            fail(f"{self.phase}, step {self.step}: the loss is not finite (loss {loss.item()}, gradient norm "
+                 f"{norm.item()}); " + (f"{kept} from before is intact; " if kept.exists() else "")
+                 + "try a smaller learning rate (--tokenizer_lr, --dynamics_lr, --policy_lr)")
+        self.optimizer.step()
+        if self.ema is not None:
+            decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        self.frames += frames
+        now, last = time.time(), self.step + 1 == self.steps
+        if now - self.told > 5 or last:
+            numbers = {name: float(value) for name, value in metrics.items()}
+            spent = now - self.began
+            left = spent / (self.step + 1 - self.first) * (self.steps - self.step - 1)
+            say(f"[{self.phase}] step {self.step + 1}/{self.steps} "
+                + " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+                + f" | {self.frames / spent:.0f} frames/s, {left / 60:.1f} min left")
+            self.run.log(self.phase, step=self.step + 1, seconds=round(spent, 1),
+                         frames_per_s=round(self.frames / spent, 1), **numbers)
+            self.told = now
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Phases
+
+def collect(run, policy_file=None):
+    """Real episodes -> data/*.npz. Round 0 acts randomly, later rounds (or --policy) by a trained policy."""
+    cfg = run.cfg
+    first = 0 if run.round == 0 else cfg.collect_episodes + (run.round - 1) * cfg.round_episodes
+    wanted = cfg.collect_episodes if run.round == 0 else cfg.round_episodes
+    name = lambda seed: run.path("data") / f"{seed:010d}.npz"
+    if policy_file and run.round == 0:                # by hand: append after whatever is there
+        first = len(list(run.path("data").glob("*.npz")))
+    seeds = [run.seed * 100_000 + i for i in range(first, first + wanted)]
+    seeds = [seed for seed in seeds if not name(seed).exists()]
+    if not seeds:
+        return
+    if run.world > 1 and not main_process():
+        return                                                      # one process collects, the others wait
+    seed = run.seed * 1000 + run.round
+    policy = RandomPolicy(cfg, (seed, seeds[0])) if not policy_file else \
+        load_policy(run, policy_file, seed, cfg.policy_random)
+    began, frames, returns = time.time(), 0, []
+    for seed, episode in play(cfg, policy, seeds):
+        episode.pop("values", None)
+        write_file(name(seed), lambda file: np.savez_compressed(file, **episode))
+        frames += len(episode["frames"])
+        returns.append(float(episode["rewards"].sum()))
+        if len(returns) % cfg.envs == 0 or len(returns) == len(seeds):
+            rate = frames / (time.time() - began)
+            say(f"[collect] {len(returns)}/{len(seeds)} episodes, {frames} frames at {rate:.0f} frames/s, "
+                f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}")
+            run.log("collect", episodes=len(returns), frames=frames, frames_per_s=round(rate, 1),
+                    return_mean=float(np.mean(returns)))
+
+
+def train_tokenizer(run):
+    cfg, state = run.cfg, run.load("tokenizer.pt")
+    if state and state["step"] >= cfg.tokenizer_steps:
+        return
+    data = run.data()
+    model = Tokenizer(model_config(cfg)).to(run.device)
+    ema = frozen(model)
+    if state:
+        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
+    loop = Loop(run, "tokenizer", "tokenizer.pt", model, ema, cfg.tokenizer_steps, cfg.tokenizer_lr,
+                lambda: {"model": model.state_dict(), "ema": ema.state_dict()}, state)
+    B, T = cfg.tokenizer_batch, cfg.tokenizer_length
+    for step in loop:
+        ramp = min(1.0, step / max(cfg.mask_ramp * cfg.tokenizer_steps, 1))
+        batch = run.rows({"frames": data.sample(loop.rng, B, T, ["frames"])["frames"],
+                          "mask": model.draw(B, T, cfg.mask_max * ramp)})
+        with run.autocast():
+            loss, metrics = loop.train(to_images(batch["frames"], run.device), batch["mask"])
+        loop.update(loss, metrics, B * T)
+    psnr = tokenizer_report(run, run.use(ema), data)
+    say(f"[tokenizer] PSNR on held-out episodes {psnr:.2f} dB; see {run.path('tokenizer.png')}")
+
+
+def sequence_shapes(cfg, step):
+    """Alternating batch lengths: mostly short sequences, every n-th batch long, the same number of frames."""
+    if step % cfg.long_every:
+        return cfg.batch_size, cfg.short_length
+    step_size = max(1, cfg.batch_size * cfg.short_length // cfg.long_length)
+    return step_size, cfg.long_length
+
+
+def train_dynamics(run):
+    cfg, state = run.cfg, run.load("dynamics.pt")
+    tokenizer = load_tokenizer(run)
+    if state and state["step"] >= cfg.dynamics_steps:
+        return
+    data = run.data()
+    data.encode(tokenizer, run.folder)
+    model = Dynamics(model_config(cfg)).to(run.device)
+    ema = frozen(model)
+    if state:
+        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
+    loop = Loop(run, "dynamics", "dynamics.pt", model, ema, cfg.dynamics_steps, cfg.dynamics_lr,
+                lambda: {"model": model.state_dict(), "ema": ema.state_dict()}, state)
+    for step in loop:
+        B, T = sequence_shapes(cfg, step)
+        batch = data.sample(loop.rng, B, T, ["latents", "actions"])
+        batch = run.rows(batch | model.draw(B, T))
+        with run.autocast():
+            loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch)
+        loop.update(loss, metrics, B * T)
+    write_dream(run, tokenizer, run.use(ema), None, data.held_out, run.path("dynamics.gif"), 4, 32)
+    say(f"[dynamics] dream beside the truth: {run.path('dynamics.gif')}")
+
+
+def train_agent(run):
+    """Phase 2. Continues from dynamics.pt in round 0, from the round before later."""
+    cfg, state = run.cfg, run.load("agent.pt")
+    if state and (state["round"], state["phase"] == "imagination") >= (run.round, True):
+        return
+    here = state is not None and state["round"] == run.round           # else: what the round before left
+    if here and state["step"] >= cfg.agent_steps:
+        return
+    tokenizer = load_tokenizer(run)
+    data = run.data()
+    data.encode(tokenizer, run.folder)
+    model = Agent(model_config(cfg)).to(run.device)
+    model.value_head.requires_grad_(False)                              # learns in imagination
+    ema = frozen(model)
+    if state:
+        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
+    else:
+        source = run.load("dynamics.pt", "dynamics")
+        model.dynamics.load_state_dict(source["model"]), ema.dynamics.load_state_dict(source["ema"])
+    kept = {"tokenizer": tokenizer.state_dict()} | ({"heads": state["heads"]} if state and "heads" in state else {})
+    loop = Loop(run, "agent", "agent.pt", model, ema, cfg.agent_steps, cfg.dynamics_lr,
+                lambda: kept | {"model": model.state_dict(), "ema": ema.state_dict()}, state if here else None)
+    for step in loop:
+        B, T = sequence_shapes(cfg, step)
+        batch = data.sample(loop.rng, B, T, ["latents", "actions", "rewards"], cfg.rewarded_share)
+        batch = run.rows(batch | model.dynamics.draw(B, T, cfg.context_share))
+        with run.autocast():
+            loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch["rewards"],
+                                       batch["continues"], batch)
+        loop.update(loss, metrics, B * T)
+    agent = run.use(ema)
+    predicted, real = predict_rewards(agent, data.held_out)
+    corr = correlation(predicted, real)
+    say(f"[agent] health: {data.reward_share:.1%} of the rewards differ from the usual {data.usual_reward:.3g}, spread "
+        f"{data.reward_std:.3g}; predicted rewards on held-out episodes: spread {predicted.std():.3g}, "
+        f"correlation {corr:.3f}")
+    if data.reward_std < 1e-6:
+        say("[agent] WARNING: all rewards are equal: the reward head has nothing to learn, and imagination will "
+            "have no good or bad actions. Phases 2 and 3 then only clone behaviour; bring data with rewards")
+    elif predicted.std() < 0.1 * max(real.std(), 1e-6):
+        say("[agent] WARNING: the reward head has collapsed to a constant; try more --agent_steps or a larger "
+            "--rewarded_share")
+    run.log("agent", reward_corr=corr, reward_share=data.reward_share)
+    write_dream(run, tokenizer, agent.dynamics, agent.task.weight[0], data.held_out, run.path("agent.gif"), 4, 32)
+
+
+class Imagination(nn.Module):
+    """The loss of phase 3 as the forward of a module that holds just what it trains, as DDP needs it."""
+
+    def __init__(self, agent):
+        super().__init__()
+        self.policy_head, self.value_head = agent.policy_head.requires_grad_(True), agent.value_head.requires_grad_(True)
+        self.frozen = (agent, frozen(agent.policy_head))               # in a tuple: not trained, not saved
+
+    def forward(self, rollout, policy_weight):
+        agent, prior = self.frozen
+        return agent.imagination_loss(rollout, prior, policy_weight)
+
+
+def train_imagination(run):
+    """Phase 3: the transformer is frozen; policy and value head learn on what model and policy dream up."""
+    cfg, state = run.cfg, run.load("agent.pt", "agent")
+    here = (state["round"], state["phase"]) == (run.round, "imagination")
+    if state["round"] > run.round or here and state["step"] >= cfg.imagination_steps:
+        return
+    if not here and (state["round"] < run.round or state["step"] < cfg.agent_steps):
+        fail(f"{run.path('agent.pt')} is not finished; run first: python train.py --phase agent --run {run.folder}")
+    data = run.data()
+    data.encode(load_tokenizer(run), run.folder)
+    agent = Agent(model_config(cfg))
+    agent.load_state_dict(state["ema"])
+    agent = run.use(agent)
+    model = Imagination(agent)                                         # its prior: the cloned policy
+    if here:
+        model.load_state_dict(state["heads"])
+    elif "heads" in state:                                             # a new round: the policy starts as the clone,
+        values = {name[11:]: x for name, x in state["heads"].items() if name.startswith("value_head.")}
+        agent.value_head.load_state_dict(values)                       # the value goes on
+    kept = {name: state[name] for name in ("tokenizer", "model", "ema")}
+    loop = Loop(run, "imagination", "agent.pt", model, None, cfg.imagination_steps, cfg.policy_lr,
+                lambda: kept | {"heads": model.state_dict()}, state if here else None)
+    for step in loop:
+        batch = run.rows(data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
+                                     cfg.rewarded_share))
+        torch.manual_seed(int(loop.rng.integers(2**31)) + run.rank)    # every process dreams its own dreams
+        rollout = imagine(agent, batch["latents"].float(), batch["actions"], cfg.horizon, cfg.k)
+        for _ in range(cfg.updates):
+            loss, metrics = loop.train(rollout, float(step >= cfg.value_steps))
+            loop.update(loss, metrics)
+        loop.frames += cfg.rollouts * cfg.horizon
+    say(f"[imagination] health: D+ holds {metrics['good']:.0%} of the steps, advantages spread "
+        f"{metrics['advantage_std']:.3g}, KL to the cloned policy {metrics['kl']:.3g}, imagined reward per step "
+        f"{metrics['reward']:.3g}")
+    if not 0.02 < metrics["good"] < 0.98 or metrics["advantage_std"] < 1e-4:
+        say("[imagination] WARNING: D+ or D- is (nearly) empty: no learning signal. Look at the reward head's "
+            "correlation; try a larger --rewarded_share, more --value_steps or a longer --horizon")
+
+
+# --- measuring
+
+def load_tokenizer(run):
+    state = run.load("tokenizer.pt", "tokenizer")
+    if state["step"] < run.cfg.tokenizer_steps:
+        fail(f"{run.path('tokenizer.pt')} is not finished; run first: python train.py --phase tokenizer "
+             f"--run {run.folder}")
+    tokenizer = Tokenizer(model_config(run.cfg))
+    tokenizer.load_state_dict(state["ema"])
+    return run.use(tokenizer)
+
+
+def load_agent(run, path):
+    """A checkpoint of phase 2 or 3 -> tokenizer, agent, cloned policy head; all frozen, for use."""
+    state = load_checkpoint(path)
+    if "tokenizer" not in state:
+        fail(f"checkpoint {path} holds no agent; give agent.pt, or run: python train.py --phase agent")
+    adopt(run, state, path)
+    tokenizer, agent = Tokenizer(model_config(run.cfg)), Agent(model_config(run.cfg))
+    tokenizer.load_state_dict({name: x.float() for name, x in state["tokenizer"].items()})
+    agent.load_state_dict({name: x.float() for name, x in state["ema"].items()})
+    cloned = frozen(agent.policy_head).to(run.device)
+    if "heads" in state:
+        agent.load_state_dict({name: x.float() for name, x in state["heads"].items()}, strict=False)
+    return run.use(tokenizer), run.use(agent), cloned
+
+
+def load_policy(run, path, seed, random_share=0.0):
+    tokenizer, agent, _ = load_agent(run, path)
+    return AgentPolicy(tokenizer, agent, run.cfg, seed, random_share)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of uint8 frames (..., H, W, 3), averaged over the frames."""
+    error = np.square(a.astype(np.float32) - b.astype(np.float32)).mean((-3, -2, -1)) / 255 ** 2
+    return float(np.mean(-10 * np.log10(np.maximum(error, 1e-10))))
+
+
+def correlation(a, b):
+    return float(np.corrcoef(a, b)[0, 1]) if min(np.std(a), np.std(b)) > 1e-8 else 0.0
+
+
+def tokenizer_report(run, tokenizer, data, episodes=8):
+    """PSNR of held-out episodes, streamed; writes tokenizer.png: truth above, reconstruction below."""
+    scores, columns = [], []
+    for episode in data.held_out[:episodes]:
+        frames = episode["frames"]
+        output = decode(tokenizer, encode(tokenizer, frames)[None])[0]
+        scores.append(psnr(frames, output))
+        middle = len(frames) // 2
+        columns.append(np.concatenate((frames[middle], output[middle]), 0))
+    if main_process():
+        picture = np.concatenate(columns, 1).repeat(3, 0).repeat(3, 1)
+        write_file(run.path("tokenizer.png"), lambda file: imageio.imwrite(file, picture, extension=".png"))
+        run.log("tokenizer", psnr=float(np.mean(scores)))
+    return float(np.mean(scores))
+
+
+@torch.no_grad()
+def predict_rewards(agent, episodes, chunk=32):
+    """Streams whole episodes -> predicted and real rewards of all frames but the first, two flat arrays."""
+    predicted, real = [], []
+    device = next(agent.parameters()).device
+    for episode in episodes:
+        dream = agent.dream(k=1)
+        pieces = []
+        for t in range(0, len(episode["frames"]), chunk):
+            z, actions = (torch.as_tensor(episode[name][None, t:t + chunk], device=device)
+                          for name in ("latents", "actions"))
+            pieces.append(agent.reward(dream.observe(z.float(), actions))[0].cpu().numpy())
+        predicted.append(np.concatenate(pieces)[1:])
+        real.append(episode["rewards"][1:])
+    return np.concatenate(predicted), np.concatenate(real)
+
+
+@torch.no_grad()
+def open_loop(dynamics, token, z, actions, context, k):
+    """Dreams on from the first `context` frames of z (B, T, N, Z) with the actions (B, T, A) -> (B, T, N, Z)."""
+    device = next(dynamics.parameters()).device
+    z, actions = torch.as_tensor(z, device=device).float(), torch.as_tensor(actions, device=device)
+    dream = Dream(dynamics, token, k)
+    dream.reset(z[:, :context], actions[:, :context])
+    frames = [dream.step(actions[:, t])[0] for t in range(context, actions.shape[1])]
+    return torch.cat((z[:, :context], torch.stack(frames, 1)), 1)
+
+
+def windows(episodes, rng, count, length):
+    """Random windows of the episodes -> dict of arrays (count, length, ...); episodes of windows in turn."""
+    long = [e for e in episodes if len(e["frames"]) >= length]
+    if not long:
+        fail(f"no episode has the {length} frames that this needs; collect longer ones or use a smaller --length")
+    chosen = [(e, int(rng.integers(len(e["frames"]) - length + 1))) for e in (long * count)[:count]]
+    return {name: np.stack([e[name][start:start + length] for e, start in chosen])
+            for name in ("frames", "latents", "actions", "rewards")}
+
+
+def write_dream(run, tokenizer, dynamics, token, episodes, path, context, length, count=4):
+    """GIF: truth above, dream below, same actions; a bar marks the frames that were given as context."""
+    if not main_process():
+        return
+    torch.manual_seed(run.seed)
+    length = min(length, max(len(e["frames"]) for e in episodes))
+    batch = windows(episodes, np.random.default_rng(run.seed), count, length)
+    dreamed = decode(tokenizer, open_loop(dynamics, token, batch["latents"], batch["actions"], context, run.cfg.k))
+    dreamed[:, :context, :2] = (255, 255, 255)
+    rows = [np.concatenate(list(part), 2) for part in (batch["frames"], dreamed)]
+    write_video(path, np.concatenate(rows, 1))
+
+
+def write_video(path, frames, scale=2, fps=12):
+    """frames (T, H, W, 3) uint8 -> an endless GIF."""
+    frames = frames.repeat(scale, 1).repeat(scale, 2)
+    write_file(path, lambda file: imageio.imwrite(file, frames, extension=".gif", duration=1000 / fps, loop=0))
+
+
+def test_episodes(run, tokenizer):
+    """Held-out episodes with latents; where the run has no data, a few fresh ones of random interaction."""
+    if len(list(run.path("data").glob("*.npz"))) >= 2:
+        data = run.data()
+        data.encode(tokenizer, run.folder)
+        return data.held_out
+    say(f"{run.path('data')} holds no episodes: playing 4 at random for contexts")
+    seeds = [EVALUATION_SEEDS - 1 - i for i in range(4)]
+    episodes = [e for _, e in play(run.cfg, RandomPolicy(run.cfg, run.seed), seeds)]
+    for episode in episodes:
+        episode["latents"] = encode(tokenizer, episode["frames"])
+    return episodes
+
+
+def dream_metrics(run, tokenizer, agent, episodes, context=4, ahead=16, count=32):
+    """Open-loop dreams against held-out truth, `ahead` frames from `context` ones."""
+    rng = np.random.default_rng(run.seed)
+    batch = windows(episodes, rng, count, context + ahead)
+    truth = batch["frames"][:, context:]
+    dream = lambda actions: open_loop(agent.dynamics, None, batch["latents"], actions, context, run.cfg.k)
+    score = lambda z: psnr(decode(tokenizer, z)[:, context:], truth)
+    z = dream(batch["actions"])
+    other = np.roll(batch["actions"], 1, 0)                               # another episode's actions, same contexts
+    other[:, :context] = batch["actions"][:, :context]
+    return {"dream_psnr": score(z), "dream_psnr_shuffled": score(dream(other)),
+            "copy_psnr": psnr(np.broadcast_to(batch["frames"][:, context - 1:context], truth.shape), truth),
+            "latent_std_real": float(batch["latents"].astype(np.float32).std()),
+            "latent_std_dream": float(z[:, context:].std())}
+
+
+def discounted_returns(rewards, gamma):
+    """rewards (T,) received on arriving -> the discounted return (T,) still to come at every frame."""
+    returns, last = np.zeros(len(rewards), np.float32), 0.0
+    for t in reversed(range(len(rewards) - 1)):
+        last = rewards[t + 1] + gamma * last
+        returns[t] = last
+    return returns
+
+
+def evaluate(run, path):
+    """Policy, cloned policy and random policy on the same unseen seeds; the model on held-out episodes."""
+    began, cfg = time.time(), run.cfg
+    tokenizer, agent, cloned = load_agent(run, path)
+    seeds = [EVALUATION_SEEDS + run.seed * 1000 + i for i in range(cfg.eval_episodes)]
+    results, played = {}, {}
+    for name in ("random", "bc", "return"):
+        policy = RandomPolicy(cfg, run.seed)
+        if name != "random":
+            player = agent
+            if name == "bc":
+                player = frozen(agent)
+                player.policy_head = cloned
+            policy = AgentPolicy(tokenizer, player, cfg, run.seed)
+        played[name] = sorted(play(cfg, policy, seeds), key=lambda pair: pair[0])
+        returns = np.array([e["rewards"].sum() for _, e in played[name]])
+        results |= {f"{name}_mean": float(returns.mean()),
+                    f"{name}_se": float(returns.std(ddof=min(1, len(returns) - 1)) / len(returns) ** 0.5)}
+        say(f"[evaluate] {name}: {returns.mean():.1f} ± {results[f'{name}_se']:.1f} over {len(returns)} episodes")
+    episodes = [e for _, e in played["return"]]
+    torch.manual_seed(run.seed)
+    for e in episodes:
+        e["latents"] = encode(tokenizer, e["frames"])
+    held_out = test_episodes(run, tokenizer)
+    results |= {"episodes": len(episodes),
+                "tokenizer_psnr": float(np.mean([psnr(e["frames"], decode(tokenizer, e["latents"][None])[0])
+                                                 for e in held_out])),
+                **dream_metrics(run, tokenizer, agent, held_out),
+                "reward_corr": correlation(*predict_rewards(agent, held_out)),
+                "value_corr": correlation(np.concatenate([e["values"] for e in episodes]),
+                                          np.concatenate([discounted_returns(e["rewards"], cfg.gamma)
+                                                          for e in episodes]))}
+    batch = windows(episodes, np.random.default_rng(run.seed), 64, cfg.rollout_context + cfg.horizon)
+    start = {name: torch.as_tensor(batch[name][:, :cfg.rollout_context], device=run.device)
+             for name in ("latents", "actions")}
+    rollout = imagine(agent, start["latents"].float(), start["actions"], cfg.horizon, cfg.k)
+    results |= {"imagined_reward": float(rollout["rewards"].sum(1).mean()),
+                "real_reward": float(batch["rewards"][:, cfg.rollout_context:].sum(1).mean()),
+                "wall_s": round(time.time() - began, 1)}
+    say(f"[evaluate] health: over {cfg.horizon} steps from the same frames the policy imagines "
+        f"{results['imagined_reward']:.2f} and really gets {results['real_reward']:.2f}")
+    results = {name: round(value, 4) for name, value in results.items()}
+    write_file(run.path("eval.json"), lambda file: file.write((json.dumps(results) + "\n").encode()))
+    rows = [(name, seed, float(e["rewards"].sum()), len(e["frames"]) - 1)
+            for name, pairs in played.items() for seed, e in pairs]
+    text = "policy,seed,return,length\n" + "".join(f"{n},{s},{r:.3f},{t}\n" for n, s, r, t in rows)
+    write_file(run.path("episodes.csv"), lambda file: file.write(text.encode()))
+    write_video(run.path("policy.gif"), np.concatenate([e["frames"] for e in episodes[:1]]), fps=20)
+    say(json.dumps(results))
+
+
+def dream(run, path, length):
+    tokenizer, agent, _ = load_agent(run, path)
+    episodes = test_episodes(run, tokenizer)
+    write_dream(run, tokenizer, agent.dynamics, None, episodes, run.path("dream.gif"), 4, length)
+    say(f"[dream] {run.path('dream.gif')}: truth above, dream below, same actions")
+
+
+def bench(run):
+    """Speed of everything on this machine, in one run."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg, results = run.cfg, {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    sync = torch.cuda.synchronize if run.device != "cpu" else (lambda: None)
+
+    def seconds(work, repeats=5):
+        """Median time of one call, after two to warm up (and compile)."""
+        times = []
+        for _ in range(repeats + 2):
+            began = time.perf_counter()
+            work(), sync()
+            times.append(time.perf_counter() - began)
+        return float(np.median(times[2:]))
+
+    def report(name, frames, work, repeats=5):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        spent = seconds(work, repeats)
+        results[name] = round(frames / spent, 1)
+        results[f"{name}_share"] = round(counter.get_total_flops() / spent / peak, 3)
+        say(f"[bench] {name}: {results[name]} frames/s, {results[f'{name}_share']:.0%} of the matmul rate, "
+            f"peak memory {memory():.2f} GB")
+
+    def memory():
+        if run.device != "cpu":
+            return torch.cuda.max_memory_allocated() / 1e9
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048, device=run.device, dtype=dtype)
+        rates[dtype] = 2 * 2048 ** 3 / seconds(lambda: a @ a, 20)
+        results[f"matmul_{str(dtype)[6:]}_gflops"] = round(rates[dtype] / 1e9)
+    peak = rates[run.dtype]
+    say(f"[bench] matmul: {results['matmul_float32_gflops']} GFLOP/s in float32, "
+        f"{results['matmul_bfloat16_gflops']} in bfloat16")
+
+    tokenizer, agent = Tokenizer(model_config(cfg)).to(run.device), Agent(model_config(cfg)).to(run.device)
+    dynamics = agent.dynamics
+    results |= {f"{name}_parameters": sum(p.numel() for p in module.parameters())
+                for name, module in (("tokenizer", tokenizer), ("dynamics", dynamics))}
+    play_tokenizer, play_agent = run.use(tokenizer), run.use(agent)
+    if cfg.compile:
+        for block in [*tokenizer.modules(), *dynamics.modules()]:
+            if isinstance(block, Block):
+                block.compile(dynamic=False)
+
+    def step(module, *inputs):
+        with run.autocast():
+            loss, _ = module(*inputs)
+        loss.backward()
+        module.zero_grad(set_to_none=True)
+
+    B, T = cfg.tokenizer_batch, cfg.tokenizer_length
+    images = torch.rand(B, T, 3, *cfg.image_size, device=run.device)
+    report("tokenizer_training", B * T, lambda: step(tokenizer, images, tokenizer.draw(B, T, device=run.device)))
+    B, T = cfg.batch_size, cfg.short_length
+    z = torch.rand(16, max(T, 8), cfg.latents, cfg.latent_channels, device=run.device) * 2 - 1
+    actions = torch.zeros(16, max(T, 8), len(cfg.action_spec), dtype=torch.int64, device=run.device)
+    batch = (z[:1, :T].expand(B, -1, -1, -1), actions[:1, :T].expand(B, -1, -1))
+    report("dynamics_training", B * T, lambda: step(dynamics, *batch, dynamics.draw(B, T, device=run.device)))
+    report("imagination", 256, lambda: imagine(play_agent, z[:, :8], actions[:, :8], 16, min(4, cfg.k_max)), 3)
+    stream, cache = play_agent.dream(min(4, cfg.k_max)), Cache()
+    stream.reset(z[:1, :8], actions[:1, :8])
+    report("play", 1, lambda: play_tokenizer.decode(stream.step(actions[:1, 0])[0][:, None], cache), 30)
+    if run.actions is not None:
+        began = time.time()
+        cfg.episode_frames = min(cfg.episode_frames, 100)
+        frames = sum(len(e["frames"]) for _, e in play(cfg, RandomPolicy(cfg, 0), range(cfg.envs)))
+        results["collect"] = round(frames / (time.time() - began), 1)
+        say(f"[bench] collect: {results['collect']} frames/s with {cfg.envs} environments, start included")
+    results["peak_memory_gb"] = round(memory(), 2)
+    say(json.dumps(results))
+
+
+def run_all(run):
+    cfg = run.cfg
+    for run.round in range(cfg.rounds):
+        collect(run, run.path("agent.pt") if run.round else None)
+        wait()
+        if run.round == 0:
+            train_tokenizer(run)
+            train_dynamics(run)
+        train_agent(run)
+        train_imagination(run)
+    if main_process() and not run.path("eval.json").exists():
+        dream(run, run.path("agent.pt"), 48)
+        evaluate(run, run.path("agent.pt"))
+
+
+def wait():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+
+def flag_type(field):
+    """How the text of a flag becomes the value of a config field."""
+    if str(field.type).startswith("tuple"):
+        return lambda text: tuple(int(part) for part in re.split("[x,]", text))
+    if field.type in (bool, "bool"):
+        return lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    return {"int": int, "float": float, "str": str}.get(field.type, field.type)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phase", choices=PHASES, default="all")
+    parser.add_argument("--preset", choices=PRESETS, help="default: gpu where CUDA is there, else cpu")
+    parser.add_argument("--run", default="runs/default", help="folder of this run")
+    parser.add_argument("--seed", type=int, help="training seed, default 0")
+    parser.add_argument("--checkpoint", help="agent.pt to evaluate, dream with or play")
+    parser.add_argument("--policy", help="collect: checkpoint of the policy that acts")
+    parser.add_argument("--episodes", type=int, help="episodes to collect or to evaluate on")
+    parser.add_argument("--length", type=int, default=48, help="frames of the dream's GIF")
+    fields = parser.add_argument_group("config")
+    comments = {}
+    for cls in (Config, TrainConfig):
+        comments |= dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(TrainConfig):
+        fields.add_argument(f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS, metavar="X",
+                            help=comments.get(field.name, "").replace("%", "%%"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    overrides = {name: value for name, value in vars(args).items() if name in names}
+    if args.episodes is not None:
+        overrides |= {"collect_episodes": args.episodes, "round_episodes": args.episodes,
+                      "eval_episodes": args.episodes}
+        if args.episodes < 1:
+            fail("--episodes must be at least 1")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, _: STOP.append(signum))
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    saved, settings = {}, Path(args.run) / "config.json"
+    if args.checkpoint:
+        state = load_checkpoint(args.checkpoint)
+        saved = {"config": state["config"], "actions": json.loads(state["actions"]), "seed": state["seed"]}
+    elif settings.exists():
+        try:
+            saved = json.loads(settings.read_text())
+        except (OSError, ValueError) as error:
+            fail(f"{settings} is damaged ({error}); delete it and give the flags again")
+    values = saved.get("config", PRESETS[preset])
+    unknown = set(values) - names
+    if unknown:
+        fail(f"{args.checkpoint or settings} has settings that this version does not know: {sorted(unknown)}")
+    try:
+        cfg = TrainConfig(**{**values, **overrides})
+    except (ValueError, TypeError) as error:
+        fail(str(error))
+    seed = args.seed if args.seed is not None else saved.get("seed", 0)
+    actions = saved.get("actions")
+    if preset == "paper" and args.phase == "bench":
+        return report_size(cfg)
+    if "action_spec" in overrides:                                    # recorded data, no environment at hand
+        actions = {"multi": list(cfg.action_spec), "start": [0] * len(cfg.action_spec)}
+    elif actions is None or {"env", "action_bins"} & set(overrides):
+        env = make_env(cfg)
+        actions = describe(env.action_space, cfg.action_bins)
+        env.close()
+    cfg.action_spec = action_sizes(actions)
+    for name, ok, hint in [
+            ("batch_size", cfg.batch_size % (cfg.shortcut_every * int(os.environ.get("WORLD_SIZE", 1))) == 0
+             or "WORLD_SIZE" not in os.environ, "must divide by shortcut_every times the number of processes"),
+            ("k", cfg.k > 0 and cfg.k & (cfg.k - 1) == 0 and cfg.k <= cfg.k_max, "must be a power of two up to k_max"),
+            ("action_bins", cfg.action_bins > 1, "must be at least 2"),
+            ("hold", cfg.hold > 0, "must be at least 1"),
+            ("rollout_context", cfg.rollout_context > 0, "must be at least 1"),
+            ("envs", cfg.envs > 0, "must be at least 1")]:
+        if not ok:
+            fail(f"--{name} {getattr(cfg, name)} {hint}")
+    run = Run(args.run, cfg, seed, actions, overrides)
+    if args.phase == "bench":
+        return bench(run)
+    path = args.checkpoint or run.path("agent.pt")
+    if main_process() and not args.checkpoint:
+        text = json.dumps({"seed": seed, "actions": actions, "config": asdict(cfg)}, indent=1)
+        write_file(settings, lambda file: file.write(text.encode()))
+    wait()
+    if run.path("agent.pt").exists() and args.phase in ("agent", "imagination"):
+        run.round = load_checkpoint(run.path("agent.pt"))["round"]
+    began = time.time()
+    {"collect": lambda: collect(run, args.policy), "tokenizer": lambda: train_tokenizer(run),
+     "dynamics": lambda: train_dynamics(run), "agent": lambda: train_agent(run),
+     "imagination": lambda: train_imagination(run), "evaluate": lambda: evaluate(run, path),
+     "dream": lambda: dream(run, path, args.length), "all": lambda: run_all(run)}[args.phase]()
+    say_done = f"[{args.phase}] done in {(time.time() - began) / 60:.1f} min"
+    if args.phase != "evaluate" and args.phase != "all":
+        say(say_done)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def report_size(cfg):
+    """Builds the models without memory and says how big they are: the code reaches the paper's scale."""
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in module.parameters())
+                 for name, module in (("tokenizer", Tokenizer(cfg)), ("dynamics", Dynamics(cfg)))}
+    print(json.dumps(sizes))
+
+
+if __name__ == "__main__":
+    main()
