@@ -89,8 +89,13 @@ class Config:
 
     def __post_init__(self):
         self.image_size, self.action_spec = tuple(self.image_size), tuple(self.action_spec)
+        for name in ("patch", "latents", "latent_channels", "tokenizer_width", "tokenizer_depth", "tokenizer_heads",
+                     "tokenizer_context", "pack", "width", "depth", "heads", "kv_heads", "time_every", "context",
+                     "k_max", "shortcut_every", "tasks", "distances", "head_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} must be at least 1")
         for ok, what in [
-            (len(self.image_size) == 2, "image_size must be height and width"),
+            (len(self.image_size) == 2 and min(self.image_size) > 0, "image_size must be height and width"),
             (len(self.action_spec) > 0 and min(self.action_spec) > 0, "action_spec must list category counts"),
             (self.k_max >= 1 and self.k_max & (self.k_max - 1) == 0, "k_max must be a power of two"),
             (self.latents % self.pack == 0, "latents must be a multiple of pack"),
@@ -99,9 +104,9 @@ class Config:
              "tokenizer_width must be a multiple of tokenizer_heads"),
             (self.heads % self.kv_heads == 0, "heads must be a multiple of kv_heads"),
             (self.width // self.heads % 2 == 0 and self.tokenizer_width // self.tokenizer_heads % 2 == 0,
-             "the width of a head must be even (RoPE)"),
-            (min(self.context, self.tokenizer_context, self.shortcut_every) >= 1,
-             "context, tokenizer_context and shortcut_every must be at least 1"),
+             "width / heads and tokenizer_width / tokenizer_heads must be even (RoPE)"),
+            (self.bins >= 2, "bins must be at least 2"),
+            (0 <= self.context_signal <= 1, "context_signal must lie in [0, 1]"),
         ]:
             if not ok:
                 raise ValueError(f"config: {what}")
@@ -554,15 +559,15 @@ class Dynamics(nn.Module):
     def loss(self, z1, actions, draws, agent=None):
         """Eq. 7 on latents z1 (B, T, N, Z), actions (B, T, A). Returns (loss, metrics), h (B, T, D) or None."""
         separate, h = draws["separate"], None
+        every = slice(None, None, self.config.shortcut_every)
         actions = torch.where(separate[:, None, None], -1, actions)     # an image has no action that led to it
 
         def denoise(z, tau, d, rows):
             nonlocal h
-            token = agent if torch.is_grad_enabled() else None          # the half steps need no agent token
+            token = None if rows is every else agent                    # the half steps need no agent token
             x, h = self.denoise(z, tau, d, actions[rows], token, separate=separate[rows])
             return x
 
-        every = slice(None, None, self.config.shortcut_every)
         return shortcut_forcing_loss(denoise, z1, draws["noise"], draws["tau"], draws["d"],
                                      self.config.k_max, every), h
 

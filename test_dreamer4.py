@@ -1,0 +1,725 @@
+"""Tests of dreamer4.py and train.py, as statements about the method. Run: python -m pytest"""
+import ast
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
+from torch.testing import assert_close
+
+import dreamer4
+from dreamer4 import (Agent, Block, Cache, Config, Dream, Dynamics, LossNorm, Tokenizer, attend, attention_masks,
+                      bootstrap_target, corrupt, frozen, generate, imagine, lambda_returns, multi_token_targets,
+                      pmpo_loss, ramp_weight, rope, sample_signal_and_step, shortcut_forcing_loss, symexp, symlog,
+                      two_hot, two_hot_mean)
+
+TINY = dict(image_size=(12, 20), action_spec=(3, 2), patch=8, latents=4, latent_channels=4, tokenizer_width=32,
+            tokenizer_depth=4, tokenizer_heads=2, pack=2, width=32, depth=4, heads=4, kv_heads=2, registers=1,
+            time_every=2, context=3, tokenizer_context=3, k_max=8, shortcut_every=2, head_width=32, bins=41,
+            distances=3, tasks=2)
+
+
+def config(**changes):
+    return Config(**TINY | changes)
+
+
+def new_agent(**changes):
+    """A tiny agent whose heads say something: they start at zero, where policies are uniform."""
+    agent = Agent(config(**changes))
+    for head in (agent.policy_head, agent.reward_head, agent.continue_head, agent.value_head):
+        torch.nn.init.normal_(head.layers[-1].weight, std=0.2)
+    return agent
+
+
+def new_batch(B=4, T=6):
+    """Latents, actions, rewards, continues, as phase 2 gets them."""
+    actions = torch.stack((torch.randint(0, 3, (B, T)), torch.randint(0, 2, (B, T))), -1)
+    return torch.rand(B, T, 4, 4) * 2 - 1, actions, torch.randn(B, T), (torch.rand(B, T) < 0.8).float()
+
+
+def record(module, name):
+    """From now on, list the calls of a method: dicts of its arguments by name, and its "result"."""
+    method, calls = getattr(module, name), []
+
+    def recorded(*args, **kwargs):
+        call = dict(zip(method.__code__.co_varnames[1:], args)) | kwargs
+        calls.append(call | {"result": method(*args, **kwargs)})
+        return calls[-1]["result"]
+
+    setattr(module, name, recorded)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attention: the kernel, positions, who sees whom within a frame
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_grouped_queries_is_attention_with_repeated_keys(masked):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    mask = (torch.rand(5, 7) < 0.6) | (torch.arange(7) == 0) if masked else None
+    repeated = (x.repeat_interleave(2, 1) for x in (k, v))
+    assert_close(attend(q, k, v, mask), F.scaled_dot_product_attention(q, *repeated, attn_mask=mask))
+
+
+def test_soft_cap_bounds_the_logits():
+    q, k, values = 30 * torch.randn(1, 1, 4, 6), torch.randn(1, 1, 6, 6), torch.eye(6)[None, None]
+    spread = lambda weights: (weights.amax(-1) / weights.amin(-1)).log().max()
+    assert spread(attend(q, k, values)) > 20
+    assert 2 < spread(attend(q, k, values, softcap=2.0)) < 4.001             # logits within ±2 differ by at most 4
+
+
+def test_attention_over_time_depends_only_on_distances_whatever_the_norms_have_learned():
+    q, k = torch.randn(2, 1, 8)
+    score = lambda i, j: (rope(q, torch.tensor([i])) * rope(k, torch.tensor([j]))).sum()
+    assert_close(score(5, 2), score(105, 102))
+    assert (score(5, 2) - score(5, 3)).abs() > 1e-2
+    block, x, pos, mask = Block(32, 4, 2, over_time=True), torch.randn(1, 6, 2, 32), torch.arange(6), torch.ones(6, 6)
+    torch.nn.init.normal_(block.q_norm.weight)                               # a norm after RoPE would break this
+    assert_close(block(x, mask.bool(), pos + 50)[0], block(x, mask.bool(), pos)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_masks_are_the_table_and_the_band():
+    space, time = attention_masks((("world", 2), ("agent", 1)), torch.tensor([3, 4]), torch.arange(1, 5), context=3)
+    assert space.int().tolist() == [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    assert time.int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+
+
+# Through all layers and frames, every token sees every token, except for one pair of kinds per network.
+@pytest.mark.parametrize("net, blind", [("encoder", ("patch", "latent")), ("decoder", ("latent", "query")),
+                                        ("transformer", ("world", "agent"))])
+@torch.no_grad()
+def test_who_sees_whom(net, blind):
+    net = getattr(Dynamics(config()) if net == "transformer" else Tokenizer(config()), net)
+    kinds = [kind for kind, count in net.groups for _ in range(count)]
+    x = torch.randn(1, 3, len(kinds), 32)
+    for i, key in enumerate(kinds):
+        changed = x.clone()
+        changed[:, 0, i] = torch.randn(32)
+        moved = (net(changed) - net(x)).abs().amax((0, 3))                   # (T, S)
+        for j, query in enumerate(kinds):
+            right = moved[:, j] == 0 if (query, key) == blind else moved[:, j] > 1e-6
+            assert right.all(), f"{query} {j} in frames 0, 1, 2 after a change of {key} {i} in frame 0"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Time: causal, banded, and the same in a stream
+
+NETWORKS = pytest.mark.parametrize("name", ["encoder", "decoder", "dynamics"])
+
+
+def network(name, T, **changes):
+    """A network as run(x, cache=None) -> list of outputs (B, T, ...), and an input x (B, T, ...)."""
+    tokenizer, dynamics, task = Tokenizer(config(**changes)), Dynamics(config(**changes)), torch.randn(32)
+
+    def with_agent(z, cache=None):     # actions and signal levels are read off z, to change and to stream with it
+        actions, tau = (z[:, :, 0, :2] > 0).long(), (z[:, :, 1, 0] > 0) * 0.5
+        return dynamics.denoise(z, tau, torch.full_like(tau, 0.25), actions, task, cache, write=True)
+
+    return {"encoder": (lambda x, cache=None: [tokenizer.encode(x, cache=cache)], torch.rand(2, T, 3, 12, 20)),
+            "decoder": (lambda x, cache=None: [tokenizer.reconstruct(x, cache)], torch.rand(2, T, 4, 4) * 2 - 1),
+            "dynamics": (with_agent, torch.randn(2, T, 4, 4))}[name]
+
+
+def moved_by_frame(run, x, t):
+    """How far each output moves in every frame when frame t of the input changes: a list of (T,)."""
+    changed = x.clone()
+    changed[:, t] = x[:, t].roll(1, 0)                                       # the frame of the other video
+    return [(a - b).flatten(2).abs().amax((0, 2)) for a, b in zip(run(changed), run(x))]
+
+
+@NETWORKS
+@torch.no_grad()
+def test_frames_see_the_past_and_never_the_future(name):
+    run, x = network(name, T=5)
+    for t in range(5):
+        for moved in moved_by_frame(run, x, t):
+            assert (moved[:t] == 0).all() and (moved[t:t + 2] > 1e-4).all()
+
+
+@pytest.mark.parametrize("C", [1, 3])
+@NETWORKS
+@torch.no_grad()
+def test_a_time_layer_sees_exactly_the_last_C_frames(name, C):
+    run, x = network(name, T=8, context=C, tokenizer_context=C, depth=2, tokenizer_depth=2)    # one time layer
+    for moved in moved_by_frame(run, x, 2):
+        assert (moved[2:2 + C] > 1e-5).all() and (moved[2 + C:] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+@NETWORKS
+@torch.no_grad()
+def test_streaming_equals_the_full_sequence_also_after_eviction(name, chunk, C=3):
+    (run, x), cache = network(name, T=4 * C), Cache()
+    streamed = [run(part, cache) for part in x.split(chunk, 1)]
+    for full, parts in zip(run(x), zip(*streamed)):
+        assert (full - torch.cat(parts, 1)).abs().max() < 1e-4
+    assert cache.frames == 4 * C and all(k.shape[-2] == v.shape[-2] == C for k, v in cache.layers.values())
+
+
+@torch.no_grad()
+def test_passes_that_do_not_write_see_the_stream_and_leave_it_alone():
+    dynamics, task, cache = Dynamics(config()), torch.randn(32), Cache()
+    z, actions, _, _ = new_batch(2, 9)
+    tau, d, draft = torch.full((2, 9), 0.5), torch.full((2, 9), 0.125), torch.randn(2, 9, 4, 4)
+    world, h = dynamics.denoise(z, tau, d, actions, task)
+    for t in range(9):
+        now, before = slice(t, t + 1), slice(0, t + 1)
+        peek, _ = dynamics.denoise(draft[:, now], tau[:, now], d[:, now], actions[:, now], cache=cache)
+        drafted = torch.cat((z[:, :t], draft[:, now]), 1)
+        full, _ = dynamics.denoise(drafted, tau[:, before], d[:, before], actions[:, before])
+        assert_close(peek[:, 0], full[:, t], atol=1e-4, rtol=0)
+        streamed = dynamics.denoise(z[:, now], tau[:, now], d[:, now], actions[:, now], task, cache, write=True)
+        assert_close(streamed, (world[:, now], h[:, now]), atol=1e-4, rtol=0)
+
+
+def test_every_parameter_is_trained_and_checkpointing_changes_no_gradient():
+    (z, actions, _, _), dynamics, gradients = new_batch(), Dynamics(config(separate_images=0.0)), []
+    draws = dynamics.draw(4, 6)
+    for dynamics.transformer.checkpointing in (False, True):
+        loss = dynamics.loss(z, actions, draws)[0][0]
+        gradients.append(torch.autograd.grad(loss, list(dynamics.parameters())))
+    assert all(gradient.any() for gradient in gradients[0])
+    assert_close(*gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Tokenizer
+
+@pytest.mark.parametrize("size", [(12, 20), (16, 8), (5, 33)])
+def test_images_of_any_size_are_padded_and_cropped_back(size):
+    tokenizer, images = Tokenizer(config(image_size=size)), torch.rand(2, 3, 3, *size)
+    patches = tokenizer.patchify(images)
+    assert patches.shape == (2, 3, math.ceil(size[0] / 8) * math.ceil(size[1] / 8), 3 * 8 * 8)
+    assert torch.equal(patches[0, 0, 0].view(3, 8, 8)[:, :5], images[0, 0, :, :5, :8])       # a square of pixels
+    assert torch.equal(tokenizer.unpatchify(patches), images)
+    latents = tokenizer.encode(images)
+    assert latents.shape == (2, 3, 4, 4) and latents.abs().max() < 1
+    output = tokenizer.decode(10 * latents)
+    assert output.shape == images.shape and output.min() >= 0 and output.max() <= 1
+    with pytest.raises(ValueError, match="wants 3 channels"):
+        tokenizer.encode(torch.rand(1, 1, 3, 64, 64))
+
+
+@torch.no_grad()
+def test_masked_patches_are_replaced_by_the_learned_embedding():
+    tokenizer, images, mask = Tokenizer(config()), torch.rand(1, 2, 3, 12, 20), torch.zeros(1, 2, 6).bool()
+    mask[..., 0] = True                                                      # hides the upper left 8 x 8 pixels
+    latents, other = tokenizer.encode(images, mask), images.clone()
+    other[..., :8, :8] = 0
+    assert torch.equal(tokenizer.encode(other, mask), latents)               # hidden pixels do not count
+    other[..., :8, 8:] = 0
+    assert not torch.allclose(tokenizer.encode(other, mask), latents)        # the others do
+    tokenizer.mask_token.neg_()
+    assert not torch.allclose(tokenizer.encode(images, mask), latents)       # the embedding stands in their place
+
+
+def test_masking_probability_is_uniform_per_image():
+    tokenizer, levels = Tokenizer(config(image_size=(256, 256))), torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    share = tokenizer.draw(60, 20).float().mean(-1)                          # of 1024 patches, for each image
+    assert_close(torch.quantile(share.flatten(), levels), 0.9 * levels, atol=0.04, rtol=0)
+    assert share.max() < 0.96 and share.std(1).min() > 0.1                   # images of one video differ
+    assert not tokenizer.draw(2, 2, mask_max=0.0).any()
+
+
+def test_reconstruction_loss_covers_all_patches_hidden_or_not():
+    tokenizer, images = Tokenizer(config()), torch.rand(2, 2, 3, 12, 20)
+    for mask in (tokenizer.draw(2, 2), tokenizer.draw(2, 2, mask_max=0.0)):
+        error = (tokenizer.reconstruct(tokenizer.encode(images, mask)) - images).square()
+        assert_close(tokenizer(images, mask)[1]["mse"], error.mean())
+
+
+def test_perceptual_loss_is_a_callable_that_is_trained_on():
+    tokenizer, images = Tokenizer(config()), torch.rand(2, 3, 3, 12, 20)
+    mask, weights = tokenizer.draw(2, 3), list(tokenizer.parameters())
+    perceptual = lambda output, truth: 5 * (output.mean((-2, -1)) - truth.mean((-2, -1))).abs().mean()
+    output = tokenizer.reconstruct(tokenizer.encode(images, mask))
+    expected = 0.2 * perceptual(output.flatten(0, 1), images.flatten(0, 1))
+    loss, metrics = tokenizer(images, mask, perceptual)
+    assert_close(metrics["perceptual"], expected)
+    both = sum(term / term.detach() for term in (F.mse_loss(output, images), expected))
+    gradients = torch.autograd.grad(loss, weights)
+    assert all(gradient.any() for gradient in gradients)                     # every parameter is trained
+    assert_close(gradients, torch.autograd.grad(both, weights), atol=1e-4, rtol=1e-3)
+    assert "perceptual" not in tokenizer(images, mask)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Dynamics: signal levels, step sizes, shortcut forcing, generation
+
+def test_steps_are_powers_of_two_and_signals_lie_on_the_grid_of_their_step():
+    tau, d = sample_signal_and_step((200, 200), 8)
+    assert d.unique().tolist() == [1 / 8, 1 / 4, 1 / 2, 1]
+    for k in (1, 2, 4, 8):
+        chosen = tau[d == 1 / k]
+        levels, counts = chosen.unique(return_counts=True)
+        assert abs(len(chosen) / d.numel() - 1 / 4) < 0.02                   # k is uniform,
+        assert levels.tolist() == [i / k for i in range(k)]                  # the grid is 0, d, ..., 1 - d,
+        assert (counts / len(chosen) - 1 / k).abs().max() < 0.02             # and τ is uniform on it,
+    assert tau.std(0).min() > 0.1 and tau.std(1).min() > 0.1                 # for every frame anew
+    assert [x.item() for x in sample_signal_and_step((), 1)] == [0, 1]
+
+
+def test_every_signal_level_and_step_size_has_its_own_embedding_and_is_trained():
+    dynamics, (z, actions, _, _) = Dynamics(config()), new_batch(32, 8)
+    tables = dynamics.signal, dynamics.step
+    assert [table.num_embeddings for table in tables] == [8, 4]              # τ = 0 ... 7/8, d = 1, 1/2, 1/4, 1/8
+    loss = dynamics.loss(z, actions, dynamics.draw(32, 8))[0][0]
+    for gradient in torch.autograd.grad(loss, [table.weight for table in tables]):
+        assert gradient.any(1).all()
+    for row, d in enumerate((1, 1 / 2, 1 / 4, 1 / 8)):
+        tau = torch.arange(0, 1, d)[None]
+        T = tau.numel()
+        output, _ = dynamics.denoise(z[:1, :T], tau, torch.full((1, T), d), actions[:1, :T])
+        used = [g.any(1).nonzero().flatten() for g in torch.autograd.grad(output.sum(), [t.weight for t in tables])]
+        assert used[0].tolist() == (tau[0] * 8).tolist() and used[1].tolist() == [row]
+
+
+def test_corruption_and_ramp_weight():
+    z1, noise, tau = torch.full((1, 3, 2, 2), 8.0), torch.full((1, 3, 2, 2), 4.0), torch.tensor([[0, 0.25, 1]])
+    assert corrupt(z1, noise, tau)[0, :, 0, 0].tolist() == [4, 5, 8]
+    assert_close(ramp_weight(tau[0]), torch.tensor([0.1, 0.325, 1]))
+
+
+def test_shortcut_forcing_is_eq_7_in_velocities_with_both_terms_ramped_and_targets_without_gradient():
+    weight = torch.tensor(0.7, dtype=torch.double, requires_grad=True)
+    wide = lambda x: x[..., None, None]
+    f = lambda z, tau, d, rows=None: torch.sin(weight * z + 2 * wide(tau) - 3 * wide(d))    # any function of all
+    z1, noise = torch.randn(2, 8, 6, 3, 2).double()
+    tau, d = (x.double() for x in sample_signal_and_step((8, 6), 8))
+    d[1::2], tau[1::2] = 1 / 8, torch.randint(0, 8, (4, 6)) / 8              # every second row bootstraps
+    loss, metrics = shortcut_forcing_loss(f, z1, noise, tau, d, 8, slice(None, None, 2))
+
+    z, left = wide(1 - tau) * noise + wide(tau) * z1, wide(1 - tau)
+    b1 = (f(z, tau, d / 2) - z) / left                                       # two half steps and their velocities
+    z2 = z + b1 * wide(d / 2)
+    b2 = (f(z2, tau + d / 2, d / 2) - z2) / (left - wide(d / 2))
+    v, guess = ((b1 + b2) / 2).detach(), f(z, tau, d)
+    flow, shortcut = (guess - z1).square(), left ** 2 * ((guess - z) / left - v).square()
+    error, fine = torch.where(wide(d == 1 / 8), flow, shortcut).mean((-2, -1)), d == 1 / 8
+    expected = ((0.9 * tau + 0.1) * error).mean()
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(expected, weight, retain_graph=True))
+    assert_close(metrics, {"flow": error[fine].mean().detach(), "shortcut": error[~fine].mean().detach()})
+    assert_close(bootstrap_target(f, z, tau, d, 1 / 8)[~fine], (z + left * v)[~fine])
+
+
+@pytest.mark.parametrize("k_max", [1, 8])
+def test_an_oracle_has_no_loss(k_max):
+    z1, noise = torch.randn(2, 8, 6, 4, 4)
+    tau, d = sample_signal_and_step((8, 6), k_max)
+    assert shortcut_forcing_loss(lambda z, tau, d, rows: z1[rows], z1, noise, tau, d, k_max)[0] < 1e-10
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_generation_with_an_oracle_returns_the_data_in_k_steps(k):
+    (data, noise), calls = torch.randn(2, 1, 1, 4, 4), []
+
+    def oracle(z, tau, d):
+        assert_close(z, (1 - tau) * noise + tau * data)                      # on the way from noise to data
+        calls.append((tau, d))
+        return data
+
+    assert_close(generate(oracle, noise, k), data)
+    assert calls == [(i / k, 1 / k) for i in range(k)]
+
+
+def test_draw_bootstraps_every_nth_sequence_and_treats_a_share_as_images():
+    draws = Dynamics(config(shortcut_every=4, separate_images=0.3)).draw(2000, 4)
+    tau, d, others = draws["tau"], draws["d"], torch.arange(2000) % 4 != 0
+    assert d[::4].unique().tolist() == [1 / 8, 1 / 4, 1 / 2, 1] and (tau % d == 0).all()
+    assert (d[others] == 1 / 8).all() and tau[others].unique().tolist() == [i / 8 for i in range(8)]
+    assert abs(draws["separate"].float().mean() - 0.3) < 0.04
+    assert draws["noise"].shape == (2000, 4, 4, 4) and abs(draws["noise"].std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("signal, k_max, level", [(0.9, 8, 7 / 8), (0.9, 64, 58 / 64), (0.9, 4, 3 / 4), (1, 8, 7 / 8)])
+def test_phase_2_contains_sequences_at_exactly_the_context_level(signal, k_max, level):
+    c = config(context_signal=signal, k_max=k_max)
+    assert c.context_level == level                                          # the nearest that has an embedding
+    at_level = (Dynamics(c).draw(2000, 6, context_share=0.5)["tau"] == level).all(1)
+    assert not at_level[::2].all() and abs(at_level[1::2].float().mean() - 0.5) < 0.05       # bootstrap keeps eq. 4
+
+
+def test_actions_are_the_sum_of_their_lookups_and_unlabeled_ones_the_learned_embedding_alone():
+    dynamics = Dynamics(config(action_spec=(3, 2, 4)))
+    table, base = dynamics.action_table.weight, dynamics.action_base
+    embedded = dynamics.embed_actions(torch.tensor([[[2, 0, 3], [-1, -1, -1], [0, 1, -1]]]))[0]
+    assert_close(embedded, torch.stack((base + table[2] + table[3] + table[8], base, base + table[0] + table[4])))
+
+
+@torch.no_grad()
+def test_the_action_that_led_to_a_frame_conditions_it_and_what_follows():
+    dynamics, (z, actions, _, _) = Dynamics(config()), new_batch(1, 4)
+    tau, d, changed = torch.zeros(1, 4), torch.full((1, 4), 0.25), actions.clone()
+    changed[:, 1, 1] = 1 - changed[:, 1, 1]
+    moved = dynamics.denoise(z, tau, d, changed)[0] - dynamics.denoise(z, tau, d, actions)[0]
+    assert (moved.abs().amax((0, 2, 3)) > 1e-4).tolist() == [False, True, True, True]
+
+
+@torch.no_grad()
+def test_latents_are_read_out_where_they_went_in():
+    dynamics, (z, actions, _, _) = Dynamics(config()), new_batch(1, 2)
+    for block in dynamics.transformer.blocks:                                # no layer moves anything
+        block.attn_out.weight.zero_(), block.mlp_out.weight.zero_()
+    run = lambda z: dynamics.denoise(z, torch.zeros(1, 2), torch.ones(1, 2), actions)[0]
+    moved = run(z) - run(z * torch.tensor([1, 1, -1, -1])[:, None])          # the latents of the second packed token
+    assert moved.abs().amax((0, 1)).bool().tolist() == [[False] * 4] * 2 + [[True] * 4] * 2
+
+
+@torch.no_grad()
+def test_separate_images_have_neither_past_nor_action_and_leave_the_others_alone():
+    dynamics, (z, actions, _, _) = Dynamics(config()), new_batch(3, 5)
+    tau, d, separate = torch.full((3, 5), 0.5), torch.full((3, 5), 0.25), torch.tensor([True, False, True])
+    x, _ = dynamics.denoise(z, tau, d, actions, separate=separate)
+    videos, _ = dynamics.denoise(z, tau, d, actions)
+    images = dynamics.denoise(*(part.flatten(0, 1)[:, None] for part in (z, tau, d, actions)))[0].view_as(x)
+    assert_close(x, torch.where(separate[:, None, None, None], images, videos))
+    assert (images - videos)[:, 1:].abs().amax((1, 2, 3)).min() > 1e-3
+    calls = record(dynamics, "denoise")
+    dynamics.loss(z, actions, dynamics.draw(3, 5) | {"separate": separate})
+    assert torch.equal(calls[-1]["actions"], torch.where(separate[:, None, None], -1, actions))
+    assert torch.equal(calls[-1]["separate"], separate)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The agent token: reads everything (test_who_sees_whom), is seen by nothing, is trained by every head
+
+@torch.no_grad()
+def test_the_world_model_is_blind_to_the_agent_token():
+    dynamics, (z, actions, _, _), tasks = Dynamics(config()), new_batch(), torch.randn(2, 32)
+    run = lambda agent: dynamics.denoise(z, torch.full((4, 6), 0.5), torch.full((4, 6), 0.25), actions, agent)
+    (x0, h0), (x1, h1), (x, h) = run(tasks[0]), run(tasks[1]), run(None)
+    assert torch.equal(x0, x1)                                               # not by one bit
+    assert_close(x, x0)                                                      # other shapes may round otherwise
+    assert h is None and (h0 - h1).abs().amax(-1).min() > 1e-2
+
+
+@pytest.mark.parametrize("term", ["policy", "reward", "continue_"])
+def test_the_loss_of_every_head_trains_the_transformer_and_its_task_embedding(term):
+    agent, batch = new_agent(separate_images=0.0), new_batch()
+    agent.loss_norm.forward = lambda losses: losses[term]                    # this term alone
+    agent(*batch, agent.dynamics.draw(4, 6), task=1)[0].backward()
+    assert agent.task.weight.grad.any(1).tolist() == [False, True]
+    assert all(p.grad.any() for p in agent.dynamics.transformer.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Dreaming: context at its level, h from the finished frame, every action where it belongs
+
+@pytest.mark.parametrize("k", [-1, 0, 3, 6, 16])
+def test_dream_wants_a_power_of_two_up_to_k_max(k):
+    with pytest.raises(ValueError, match=f"k = {k}"):
+        Dream(Dynamics(config()), k=k)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_dreamed_frame_takes_k_passes_and_finished_frames_one_more_at_the_context_level_that_yields_h(k):
+    dynamics, (z, actions, _, _) = Dynamics(config()), new_batch(64, 8)
+    calls, dream = record(dynamics, "denoise"), Dream(dynamics, torch.randn(32), k)
+    h_context, (frame, h) = dream.reset(z, actions), dream.step(torch.tensor([[2, 1]] * 64))
+    context, *passes, last = calls
+    for call, finished, state in (context, z, h_context), (last, frame[:, None], h):
+        assert call["write"] and (call["tau"] == 7 / 8).all() and (call["d"] == 1 / 8).all()      # labels
+        noise = (call["z"] - 7 / 8 * finished) * 8                           # it is 7/8 frame and 1/8 noise
+        assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+        assert abs((noise * finished).mean()) < 0.1
+        assert torch.equal(state, call["result"][1][:, -1])
+    assert torch.equal(context["actions"], actions) and dream.cache.frames == 9
+    assert [(p["tau"][0, 0].item(), p["d"][0, 0].item()) for p in passes] == [(i / k, 1 / k) for i in range(k)]
+    assert not any(p.get("write") or p.get("agent") for p in passes)
+    assert all((p["actions"] == torch.tensor([2, 1])).all() for p in passes + [last])
+    assert_close(frame, passes[-1]["result"][0][:, 0])                       # the last step lands on its prediction
+
+
+def test_the_first_dreamed_frame_depends_on_the_action_and_on_the_context():
+    dynamics, (z, actions, _, _) = Dynamics(config()), new_batch(1, 4)
+
+    def first(z, action):
+        dream = Dream(dynamics, k=2, generator=torch.Generator().manual_seed(0))
+        assert dream.reset(z, actions) is None                               # without an agent token: no h
+        return dream.step(torch.tensor([action]))[0]
+
+    assert torch.equal(first(z, [0, 1]), first(z, [0, 1]))
+    assert (first(z, [0, 1]) - first(z, [2, 1])).abs().max() > 1e-3
+    assert (first(z, [0, 1]) - first(-z, [0, 1])).abs().max() > 1e-3
+
+
+def test_in_imagination_h_chooses_the_action_that_leads_to_the_next_frame(H=5):
+    agent, (z, actions, _, _) = new_agent(), new_batch()
+    denoise, policy, sample = record(agent.dynamics, "denoise"), record(agent, "policy"), record(agent, "sample")
+    rollout = imagine(agent, z, actions, horizon=H, k=2)
+    h = rollout["h"]
+    assert {name: tuple(x.shape) for name, x in rollout.items()} == {
+        "h": (4, H + 1, 32), "actions": (4, H, 2), "z": (4, H, 4, 4), "rewards": (4, H), "continues": (4, H)}
+    context, *finished = [call for call in denoise if call.get("write")]
+    assert torch.equal(h[:, 0], context["result"][1][:, -1])
+    for t in range(H):
+        assert torch.equal(policy[t]["h"], h[:, t])                                           # h_t chooses a_t,
+        assert torch.equal(sample[t]["logits"], policy[t]["result"])
+        assert torch.equal(finished[t]["actions"][:, 0], rollout["actions"][:, t])            # which leads to
+        assert torch.equal(finished[t]["result"][1][:, 0], h[:, t + 1])                       # frame t + 1
+    assert_close(rollout["rewards"], agent.reward(h[:, 1:]).detach())                         # of arriving there
+    assert_close(rollout["continues"], agent.continuation(h[:, 1:]).detach())
+    assert not any(x.requires_grad for x in rollout.values())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. Agent: numbers as two-hot, targets, returns
+
+BINS = symexp(torch.linspace(-10, 10, 255))
+
+
+def test_symlog_and_symexp_are_inverse():
+    x = torch.tensor([-2e4, -3.0, -1e-3, 0, 0.5, 1, 700])
+    assert_close(symexp(symlog(x)), x)
+    assert_close(symlog(torch.tensor([math.e - 1, 1 - math.e])), torch.tensor([1.0, -1.0]))
+
+
+def test_two_hot_represents_every_value_and_its_own_bins_exactly():
+    assert torch.equal(two_hot(BINS, BINS), torch.eye(255))
+    assert torch.equal(two_hot(torch.tensor([1e9, -1e9]), BINS), torch.eye(255)[[254, 0]])
+    x = torch.randn(1000) * 10 ** (torch.rand(1000) * 5 - 2)
+    weights = two_hot(x, BINS)
+    assert (weights >= 0).all() and ((weights > 0).sum(-1) <= 2).all()
+    assert_close(weights.sum(-1), torch.ones(1000))
+    assert_close(weights @ BINS, x.clamp(BINS[0], BINS[-1]), atol=1e-4, rtol=1e-4)
+
+
+def test_two_hot_decodes_what_was_encoded_and_zero_from_new_heads():
+    x = torch.tensor([-100.0, -1, 0, 0.3, 5, 2000])
+    assert_close(two_hot_mean(two_hot(x, BINS).log(), BINS), x, atol=1e-4, rtol=1e-4)
+    agent, h = Agent(config(bins=255)), torch.randn(3, 32)
+    assert_close(torch.stack((agent.reward(h), agent.value(h))), torch.zeros(2, 3), atol=1e-6, rtol=0)
+
+
+def test_multi_token_targets_end_with_the_sequence():
+    targets, valid = multi_token_targets(torch.tensor([[10, 11, 12, 13]]), 3)
+    assert valid.int().tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    assert targets[0][valid].tolist() == [10, 11, 12, 11, 12, 13, 12, 13, 13]
+
+
+def test_eq_9_clones_the_actions_that_follow_and_predicts_the_rewards_from_here_on(B=4, T=6, L=3):
+    agent, (z, actions, rewards, continues) = new_agent(), new_batch(B, T)
+    draws = agent.dynamics.draw(B, T)
+    _, metrics = agent(z, actions, rewards, continues, draws, task=1)
+    _, h = agent.dynamics.loss(z, actions, draws, agent.task.weight[1])
+    policy, reward, continue_ = agent.policy_head(h), agent.reward_head(h), agent.continue_head(h)[..., 0]
+    expected = {"policy": 0, "reward": 0, "continue_": 0}
+    for t in range(T):
+        for n in range(L):
+            if t + n < T:
+                weights, p = two_hot(rewards[:, t + n], agent.bin_values), continue_[:, t, n].sigmoid()
+                expected["reward"] -= (weights * reward[:, t, n].log_softmax(-1)).sum() / (B * T * L)
+                expected["continue_"] -= torch.where(continues[:, t + n] == 1, p, 1 - p).log().sum() / (B * T * L)
+            if t + n + 1 < T:                                                # frame t + n + 1 carries a_{t+n}
+                expected["policy"] -= agent.log_prob(policy[:, t, n], actions[:, t + n + 1]).sum() / (B * T * L)
+    assert_close({name: metrics[name] for name in expected}, {name: x.detach() for name, x in expected.items()})
+
+
+def test_losses_can_be_measured_without_gradients():
+    agent, batch = new_agent(), new_batch()
+    draws = agent.dynamics.draw(4, 6)
+    _, metrics = agent(*batch, draws)
+    with torch.no_grad():
+        assert_close(agent(*batch, draws)[1], metrics)
+
+
+def test_lambda_returns_are_the_recursion():
+    rewards, values, continues = torch.randn(2, 5), torch.randn(2, 6), torch.rand(2, 5)
+
+    def R(b, t, H):                                                          # rewards[b, t] is r_{t+1}
+        ahead = 0.2 * values[b, t + 1] + 0.8 * R(b, t + 1, H) if t < H else 0
+        return rewards[b, t] + 0.9 * continues[b, t] * ahead if t < H else values[b, H]
+
+    for H in (1, 5):
+        returns = lambda_returns(rewards[:, :H], values[:, :H + 1], continues[:, :H], gamma=0.9, lam=0.8)
+        assert_close(returns, torch.tensor([[R(b, t, H) for t in range(H)] for b in range(2)]))
+    assert torch.equal(lambda_returns(rewards, values, torch.zeros(2, 5), 0.9, 0.8), rewards)      # every step an end
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The policy and PMPO
+
+def categoricals(logits):
+    return [Categorical(0.99 * part.softmax(-1) + 0.01 / part.shape[-1]) for part in logits.split((3, 2), -1)]
+
+
+def test_policy_is_a_product_of_categoricals():
+    agent, logits, prior = Agent(config()), 2 * torch.randn(50, 5), 2 * torch.randn(50, 5)
+    actions = torch.stack([part.sample() for part in categoricals(logits)], -1)
+    expected = [part.log_prob(actions[:, i]) for i, part in enumerate(categoricals(logits))]
+    assert_close(agent.log_prob(logits, actions), sum(expected))
+    actions[:, 1] = -1                                                       # unlabeled: says nothing
+    assert_close(agent.log_prob(logits, actions), expected[0])
+    kl = sum(kl_divergence(p, q) for p, q in zip(categoricals(logits), categoricals(prior)))
+    assert_close(agent.kl(logits, prior), kl)                                # KL[policy || prior], not the reverse
+
+
+def test_policy_acts_by_sampling_with_a_uniform_floor():
+    agent, logits = Agent(config()), torch.tensor([0.0, 1, 2, 0, 1])
+    actions = agent.sample(logits.expand(20000, 5))
+    for i, part in enumerate(categoricals(logits)):
+        assert (actions[:, i].bincount() / 20000 - part.probs).abs().max() < 0.02
+    assert torch.corrcoef(actions.T.float())[0, 1].abs() < 0.03              # components are independent
+    certain = agent.log_policy(torch.tensor([100.0, 0, 0, 0, 100]))[0].exp()
+    assert_close(certain, torch.tensor([1 - 0.02 / 3, 0.01 / 3, 0.01 / 3]))
+
+
+def test_pmpo_by_hand():
+    log_prob, advantage = torch.tensor([[-1.0, -2, -3, -4]]), torch.tensor([[5.0, 0, -0.1, 100]])
+    kl, weight = torch.tensor([[1.0, 2, 3, 40]]), torch.tensor([[1.0, 1, 1, 0]])
+    # D+ holds -1 and -2, D- holds -3, the last step comes after an imagined end
+    expected = torch.tensor((1 - 0.4) * -3.0 - 0.4 * -1.5 + 0.3 * 2.0)
+    for scale in (torch.ones(4), torch.tensor([1e-3, 1, 1e3, 1])):           # only the sign of an advantage counts
+        assert_close(pmpo_loss(log_prob, scale * advantage, kl, weight, alpha=0.4, beta=0.3), expected)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_pmpo_raises_good_actions_lowers_bad_ones_and_empty_sets_are_exactly_zero(sign):
+    log_prob, zero, one = torch.randn(2, 3, requires_grad=True), torch.zeros(2, 3), torch.ones(2, 3)
+    loss = pmpo_loss(log_prob, sign * one, zero, one, 0.5, 0.3)
+    assert_close(loss, -sign * 0.5 * log_prob.mean())                        # nothing from the empty set
+    assert_close(torch.autograd.grad(loss, log_prob)[0], -sign * 0.5 / 6 * one)
+    loss = pmpo_loss(log_prob, sign * one, one, zero, 0.5, 0.3)              # both empty: all steps after an end
+    assert loss == 0 and torch.equal(torch.autograd.grad(loss, log_prob)[0], zero)
+
+
+def imagined(agent, rewards, continues):
+    """A rollout with these rewards and continuations (B, H)."""
+    z, actions, _, _ = new_batch(len(rewards))
+    return imagine(agent, z, actions, rewards.shape[1], k=1) | {"rewards": rewards, "continues": continues}
+
+
+def test_an_action_is_credited_with_the_reward_at_the_frame_it_leads_to():
+    agent = new_agent(gamma=0.0)
+    torch.nn.init.zeros_(agent.value_head.layers[-1].weight)                 # values 0: advantages = rewards
+    rollout = imagined(agent, torch.tensor([[1.0, -1, 1]]), torch.ones(1, 3))
+    _, metrics = agent.imagination_loss(rollout, frozen(agent.policy_head))
+    log_prob = agent.log_prob(agent.policy(rollout["h"][:, :3]), rollout["actions"])[0].detach()
+    assert_close(metrics["policy"], 0.5 * log_prob[1] - 0.5 * (log_prob[0] + log_prob[2]) / 2)
+
+
+def test_value_learns_returns_policy_leaves_the_prior_at_a_price_and_nothing_counts_after_the_end():
+    agent, prior = new_agent(), frozen(new_agent().policy_head)
+    continues = torch.tensor([[1.0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    alive = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])       # the action that led to an end counts
+    rollout = imagined(agent, torch.randn(3, 4), continues)
+    _, metrics = agent.imagination_loss(rollout, prior)
+    values, h = agent.value(rollout["h"]), rollout["h"][:, :4]
+    returns, logits = lambda_returns(rollout["rewards"], values, continues, 0.997, 0.95), agent.policy(h)
+    policy = pmpo_loss(agent.log_prob(logits, rollout["actions"]), returns - values[:, :4],
+                       agent.kl(logits, prior(h)[:, :, 0]), alive, 0.5, 0.3)
+    log_p = agent.value_head(h)[:, :, 0].log_softmax(-1)
+    value = -((two_hot(returns, agent.bin_values) * log_p).sum(-1) * alive).mean()
+    assert_close((metrics["policy"], metrics["value"]), (policy.detach(), value.detach()))
+    for weight in (0.0, 1.0):                                                # 0: the value first, alone
+        assert_close(agent.imagination_loss(rollout, prior, weight)[0], weight * policy + value)
+
+
+def test_imagination_trains_the_policy_and_the_value_and_nothing_else():
+    agent, prior = new_agent(), new_agent().policy_head                      # not even a prior that could learn
+    loss, _ = agent.imagination_loss(imagined(agent, torch.randn(2, 4), torch.ones(2, 4)), prior)
+    loss.backward()
+    trained = {name.split(".")[0] for name, p in agent.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {"policy_head", "value_head"} and all(p.grad is None for p in prior.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+def test_loss_terms_of_any_scale_weigh_the_same():
+    norm, (x, y) = LossNorm("big", "small"), torch.ones(2, requires_grad=True).unbind()
+    for _ in range(3):                                                       # from the first step on
+        loss = norm({"big": 1e6 * x, "small": -1e-3 * y})
+        assert_close(loss, torch.tensor(0.0))                                # 1 and -1: root mean squares
+        assert_close(torch.autograd.grad(loss, (x, y), retain_graph=True), (torch.tensor(1.0), torch.tensor(-1.0)))
+    norm.eval()
+    for _ in range(2):                                                       # in evaluation the scale stays
+        assert_close(norm({"big": 3e6 * x, "small": 1e-3 * y}), torch.tensor(4.0))
+
+
+def overfit(model, steps, *batch):
+    """Metrics of the first and of the last of some AdamW steps on one batch."""
+    optimizer, history = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss, metrics = model(*batch)
+        loss.backward()
+        optimizer.step()
+        history.append(metrics)
+    return history[0], history[-1]
+
+
+def test_tokenizer_overfits_one_batch():
+    images, tokenizer = F.interpolate(torch.rand(6, 3, 3, 5), size=(12, 20)), Tokenizer(config(latent_channels=16))
+    first, last = overfit(tokenizer, 120, images.view(2, 3, 3, 12, 20), tokenizer.draw(2, 3, mask_max=0.0))
+    assert last["mse"] < 0.1 * first["mse"]
+
+
+def test_agent_and_world_model_overfit_one_batch():
+    agent = Agent(config(separate_images=0.0))
+    first, last = overfit(agent, 80, *new_batch(), agent.dynamics.draw(4, 6))
+    for name in ("dynamics", "policy", "reward", "continue_"):
+        assert last[name] < 0.5 * first[name], name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The module on its own
+
+@pytest.mark.parametrize("field, value", [
+    ("image_size", (64,)), ("action_spec", ()), ("action_spec", (3, 0)), ("k_max", 6), ("k_max", 0), ("latents", 5),
+    ("width", 30), ("width", 12), ("tokenizer_width", 33), ("tokenizer_width", 6), ("heads", 3), ("heads", 0),
+    ("tokenizer_heads", 0), ("kv_heads", 3), ("kv_heads", 0), ("context", 0), ("tokenizer_context", 0), ("pack", 0),
+    ("shortcut_every", 0), ("time_every", 0), ("distances", 0), ("bins", 1), ("patch", 0), ("context_signal", -0.5)])
+def test_config_refuses_what_cannot_work_and_names_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        config(**{field: value})
+
+
+def test_module_imports_torch_and_the_standard_library_only():
+    imported = set()
+    for node in ast.walk(ast.parse(Path(dreamer4.__file__).read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            imported |= {name.split(".")[0] for name in names}
+    assert imported - sys.stdlib_module_names == {"torch"}
+
+
+ALONE = """
+import sys; sys.path.insert(0, ".")
+import torch
+from dreamer4 import *
+c = Config(image_size=(16, 16), latents=4, tokenizer_width=24, width=32, depth=4, head_width=16)
+images, actions = torch.rand(2, 5, 3, 16, 16), torch.randint(0, 5, (2, 5, 2))
+tokenizer, agent = Tokenizer(c), Agent(c)
+def train(model, loss):
+    loss.backward()
+    torch.optim.AdamW(model.parameters()).step()
+train(tokenizer, tokenizer(images, tokenizer.draw(2, 5))[0])
+z = tokenizer.encode(images).detach()
+train(agent.dynamics, agent.dynamics(z, actions, agent.dynamics.draw(2, 5))[0])
+train(agent, agent(z, actions, torch.randn(2, 5), torch.ones(2, 5), agent.dynamics.draw(2, 5, c.context_share))[0])
+rollout = imagine(agent, z, actions, horizon=3)
+train(agent, agent.imagination_loss(rollout, frozen(agent.policy_head))[0])
+assert tokenizer.decode(rollout["z"]).shape == (2, 3, 3, 16, 16)
+print(tuple(agent.sample(agent.policy(agent.dream().reset(z, actions))).shape))
+"""
+
+
+def test_a_copy_of_the_module_in_an_empty_folder_trains_imagines_and_acts(tmp_path):
+    shutil.copy(dreamer4.__file__, tmp_path)
+    done = subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.stdout.strip() == "(2, 2)", done.stderr
