@@ -53,8 +53,8 @@ class TrainConfig(Config):
     episode_frames: int = 1000      # longest episode in agent steps
     envs: int = 8                   # environments played side by side, each in its own process
     collect_episodes: int = 240     # episodes of random interaction
-    hold: int = 8                   # random actions are held for 1 ... hold agent steps, per component
-    uniform_share: float = 0.1      # share of random episodes with a new uniform action in every step
+    hold: int = 4                   # random actions are held for 1 ... hold agent steps, per component
+    uniform_share: float = 0.25     # share of random episodes with a new uniform action in every step
     rounds: int = 1                 # rounds of collect -> agent -> imagination; later ones collect by policy
     round_episodes: int = 80        # episodes that the policy collects in every later round
     policy_random: float = 0.1      # share of random actions when the policy collects
@@ -76,12 +76,12 @@ class TrainConfig(Config):
     updates: int = 4                # gradient steps on every batch of rollouts
     value_steps: int = 30           # rollouts that train only the value head, at first
     k: int = 4                      # denoising steps of a dreamed frame, K
-    tokenizer_lr: float = 1e-3      # peak learning rates (AdamW) ...
-    dynamics_lr: float = 1e-3       # ... of the dynamics, and in agent finetuning
-    policy_lr: float = 3e-4         # ... of policy and value head in imagination
+    tokenizer_lr: float = 1e-3      # peak learning rate: AdamW; the blocks' matrices get Muon with twice as much
+    dynamics_lr: float = 1e-3       # the same for the dynamics, and in agent finetuning
+    policy_lr: float = 3e-4         # AdamW, for policy and value head in imagination
     warmup: int = 100               # steps over which the learning rate rises
     cooldown: float = 0.3           # share of the steps over which it falls to a tenth, at the end
-    weight_decay: float = 0.01      # AdamW weight decay of matrices
+    weight_decay: float = 0.01      # weight decay of the blocks' matrices
     ema: float = 0.998              # decay of the averaged weights that everything is used with
     eval_episodes: int = 20         # real episodes per policy in evaluation
     compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
@@ -94,7 +94,7 @@ PRESETS = {
                  episode_frames=40, envs=2, collect_episodes=6, batch_size=4, short_length=6, long_length=12,
                  tokenizer_batch=4, tokenizer_steps=30, dynamics_steps=30, agent_steps=20, imagination_steps=6,
                  rollouts=4, rollout_context=4, horizon=4, value_steps=2, warmup=10, eval_episodes=2),
-    "cpu": dict(pack=4),
+    "cpu": dict(patch=16, tokenizer_width=256, tokenizer_heads=4, pack=4, rounds=2),
     "gpu": dict(image_size=(96, 96), tokenizer_width=384, tokenizer_depth=6, latents=32, width=512, depth=12,
                 heads=8, kv_heads=2, registers=4, context=32, batch_size=64, short_length=24, long_length=64,
                 tokenizer_batch=32, tokenizer_steps=20000, dynamics_steps=40000, agent_steps=10000,
@@ -604,17 +604,20 @@ class Loop:
         self.run, self.phase, self.file, self.model, self.ema = run, phase, file, model, ema
         self.steps, self.lr, self.contents, cfg = steps, lr, contents, run.cfg
         trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": cfg.weight_decay},
-                  {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
+        blocks = [block for block in model.modules() if isinstance(block, Block)]
+        matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
+        others = [p for p in trained if all(p is not matrix for matrix in matrices)]
+        self.optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        if matrices:
+            self.optimizers.append(torch.optim.Muon(matrices, lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.first = 0
         if state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
             self.first = state["step"]
         if cfg.compile:
-            for block in model.modules():
-                if isinstance(block, Block):
-                    block.compile(dynamic=False)
+            for block in blocks:
+                block.compile(dynamic=False)
         self.train = model
         if run.world > 1:
             self.train = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -641,33 +644,34 @@ class Loop:
         self.save()
 
     def save(self):
-        self.run.save(self.file, phase=self.phase, step=self.step + 1, optimizer=self.optimizer.state_dict(),
-                      **self.contents())
+        self.run.save(self.file, phase=self.phase, step=self.step + 1,
+                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers], **self.contents())
         self.saved = time.time()
 
     def update(self, loss, metrics, frames=0):
-        """One optimizer step on the loss, then averaged weights and log. frames: video frames of this step."""
+        """One optimizer step on the loss, then averaged weights. frames: video frames that this finishes, to log."""
         cfg, done = self.run.cfg, self.step / self.steps
         rise = min(1.0, (self.step + 1) / max(cfg.warmup, 1))
         fall = min(1.0, 0.1 + 0.9 * (1 - done) / max(cfg.cooldown, 1e-9))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rise * fall
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not torch.isfinite(norm) or not torch.isfinite(loss):
             kept = self.run.path(self.file)
             fail(f"{self.phase}, step {self.step}: the loss is not finite (loss {loss.item()}, gradient norm "
                  f"{norm.item()}); " + (f"{kept} from before is intact; " if kept.exists() else "")
                  + "try a smaller learning rate (--tokenizer_lr, --dynamics_lr, --policy_lr)")
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * rise * fall * (2 if isinstance(optimizer, torch.optim.Muon) else 1)
+            optimizer.step()
         if self.ema is not None:
             decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         self.frames += frames
         now, last = time.time(), self.step + 1 == self.steps
-        if now - self.told > 5 or last:
+        if frames and (now - self.told > 5 or last):
             numbers = {name: float(value) for name, value in metrics.items()}
             spent = now - self.began
             left = spent / (self.step + 1 - self.first) * (self.steps - self.step - 1)
@@ -854,10 +858,9 @@ def train_imagination(run):
                                      cfg.rewarded_share))
         torch.manual_seed(int(loop.rng.integers(2**31)) + run.rank)    # every process dreams its own dreams
         rollout = imagine(agent, batch["latents"].float(), batch["actions"], cfg.horizon, cfg.k)
-        for _ in range(cfg.updates):
+        for i in range(cfg.updates):
             loss, metrics = loop.train(rollout, float(step >= cfg.value_steps))
-            loop.update(loss, metrics)
-        loop.frames += cfg.rollouts * cfg.horizon
+            loop.update(loss, metrics, cfg.rollouts * cfg.horizon * (i + 1 == cfg.updates))
     say(f"[imagination] health: D+ holds {metrics['good']:.0%} of the steps, advantages spread "
         f"{metrics['advantage_std']:.3g}, KL to the cloned policy {metrics['kl']:.3g}, imagined reward per step "
         f"{metrics['reward']:.3g}")
