@@ -122,76 +122,55 @@ def fail(message):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Actions: every space becomes a tuple of category counts. A space is described by plain JSON, which goes
-# into the checkpoint; the three functions below need only that description.
+# Actions: every space becomes a tuple of category counts. A space is described by plain JSON, which goes into
+# the checkpoint; the other functions need only that. A leaf is an array of low + index * step.
 
 def describe(space, bins):
-    """Gymnasium action space -> nested plain lists and dicts."""
-    kind = type(space).__name__
-    if kind == "Box":
-        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            fail(f"action space {space} is unbounded: wrap it with gymnasium.wrappers.RescaleAction")
-        return {"box": [space.low.tolist(), space.high.tolist()], "bins": bins, "dtype": str(space.dtype)}
-    if kind == "Discrete":
-        return {"discrete": int(space.n), "start": int(space.start)}
-    if kind == "MultiDiscrete":
-        return {"multi": space.nvec.tolist(), "start": space.start.tolist()}
-    if kind == "MultiBinary":
-        return {"multi": np.full(space.shape, 2).tolist(), "start": np.zeros(space.shape, int).tolist()}
-    if kind == "Tuple":
-        return {"tuple": [describe(part, bins) for part in space.spaces]}
-    if kind == "Dict":
-        return {"dict": {name: describe(part, bins) for name, part in space.spaces.items()}}
-    fail(f"action space {space} is not supported: Box, Discrete, MultiDiscrete, MultiBinary, Tuple, Dict are")
-
-
-def parts(description):
-    """The children of a nested description as (key, description), or None for a leaf."""
-    if "tuple" in description:
-        return list(enumerate(description["tuple"]))
-    return list(description["dict"].items()) if "dict" in description else None
+    """Gymnasium action space -> nested dict; Box dimensions become `bins` values with both ends included."""
+    if isinstance(space, (gym.spaces.Tuple, gym.spaces.Dict)):
+        named = isinstance(space, gym.spaces.Dict)
+        keys = list(space.spaces) if named else range(len(space.spaces))
+        return {"keys": list(keys), "parts": [describe(space[key], bins) for key in keys], "named": named}
+    if isinstance(space, gym.spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
+        low, step, sizes = space.low, (space.high.astype(float) - space.low) / (bins - 1), np.full(space.shape, bins)
+    elif isinstance(space, gym.spaces.Discrete):
+        low, step, sizes = space.start, 1, space.n
+    elif isinstance(space, gym.spaces.MultiDiscrete):
+        low, step, sizes = space.start, np.ones_like(space.nvec), space.nvec
+    elif isinstance(space, gym.spaces.MultiBinary):
+        low, step, sizes = np.zeros(space.shape, int), np.ones(space.shape, int), np.full(space.shape, 2)
+    else:
+        fail(f"action space {space} is not supported: bounded Box, Discrete, MultiDiscrete, MultiBinary, Tuple, Dict are")
+    plain = lambda x: np.asarray(x).tolist()
+    return {"low": plain(low), "step": plain(step), "sizes": plain(sizes), "dtype": str(space.dtype)}
 
 
 def action_sizes(description):
     """Description -> tuple of category counts, in the order of the action's components."""
-    if parts(description) is not None:
-        return tuple(n for _, part in parts(description) for n in action_sizes(part))
-    if "discrete" in description:
-        return (description["discrete"],)
-    if "box" in description:
-        return (description["bins"],) * int(np.size(description["box"][0]))
-    return tuple(np.ravel(description["multi"]).tolist())
+    if "parts" in description:
+        return tuple(n for part in description["parts"] for n in action_sizes(part))
+    return tuple(np.ravel(description["sizes"]).tolist())
 
 
 def to_action(description, indices):
     """Category indices (A,) -> an action of the space."""
-    if parts(description) is not None:
-        actions, start = [], 0
-        for key, part in parts(description):
-            count = len(action_sizes(part))
-            actions.append((key, to_action(part, indices[start:start + count])))
-            start += count
-        return dict(actions) if "dict" in description else tuple(action for _, action in actions)
-    if "discrete" in description:
-        return int(indices[0]) + description["start"]
-    if "box" in description:
-        low, high = (np.array(end, description["dtype"]) for end in description["box"])
-        share = np.reshape(indices, low.shape) / max(description["bins"] - 1, 1)
-        return (low + (high - low) * share).astype(description["dtype"])
-    return np.reshape(indices, np.shape(description["multi"])) + np.array(description["start"])
+    if "parts" in description:
+        ends = np.cumsum([len(action_sizes(part)) for part in description["parts"]])
+        actions = [to_action(part, piece) for part, piece in zip(description["parts"], np.split(indices, ends[:-1]))]
+        return dict(zip(description["keys"], actions)) if description["named"] else tuple(actions)
+    low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
+    action = (low + np.reshape(indices, sizes.shape) * step).astype(description["dtype"])
+    return action if sizes.shape else action[()]
 
 
 def to_indices(description, action):
-    """An action of the space -> category indices (A,); continuous values go to the nearest bin."""
-    if parts(description) is not None:
-        return np.concatenate([to_indices(part, action[key]) for key, part in parts(description)])
-    if "discrete" in description:
-        return np.array([int(action) - description["start"]], np.int16)
-    if "box" in description:
-        low, high = (np.array(end, np.float64) for end in description["box"])
-        share = (np.asarray(action, np.float64) - low) / np.where(high > low, high - low, 1)
-        return (share.clip(0, 1) * (description["bins"] - 1)).round().astype(np.int16).ravel()
-    return (np.asarray(action) - np.array(description["start"])).astype(np.int16).ravel()
+    """An action of the space -> category indices (A,) int16; continuous values go to the nearest bin."""
+    if "parts" in description:
+        return np.concatenate([to_indices(part, action[key])
+                               for key, part in zip(description["keys"], description["parts"])])
+    low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
+    index = (np.asarray(action, float) - low) / np.where(step == 0, 1, step)
+    return index.round().clip(0, sizes - 1).astype(np.int16).ravel()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -220,46 +199,38 @@ class PixelEnv(gym.Env):
     """
 
     def __init__(self, cfg):
-        self.env, self.cfg, self.skipping = make_env(cfg), cfg, False
+        self.env, self.cfg = make_env(cfg), cfg
         self.description = describe(self.env.action_space, cfg.action_bins)
-        space = self.env.observation_space
-        self.renders = not (isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
-                            and space.shape[-1] == 3)
-        if cfg.env.startswith("CarRacing"):             # frames that action repeat skips need no drawing,
-            draw = self.env.unwrapped._render           # which takes nearly all of the time
-            self.env.unwrapped._render = lambda mode: None if self.skipping else draw(mode)
+        space, inner = self.env.observation_space, self.env.unwrapped
+        image = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and space.shape[2:] == (3,)
+        self.draw = None if image else self.env.render
+        if cfg.env.startswith("CarRacing"):    # it draws in every step, which takes nearly all of the time: draw only
+            render, inner._render = inner._render, lambda mode: None             # the frames that are looked at
+            self.draw = lambda: render("state_pixels")
         self.action_space = gym.spaces.MultiDiscrete(action_sizes(self.description))
         self.observation_space = gym.spaces.Box(0, 255, self.reset(seed=0)[0].shape, np.uint8)
 
     def frame(self, observation):
-        return np.asarray(self.env.render() if self.renders else observation)[..., :3]
+        self.last = np.asarray(self.draw() if self.draw else observation)[..., :3]
+        return self.last
 
     def reset(self, seed=None, options=None):
-        observation, info = self.env.reset(seed=seed)
-        self.steps, self.result = 0, None
-        self.last = self.frame(observation)
-        return self.last, {}
+        self.steps, self.ended = 0, None
+        return self.frame(self.env.reset(seed=seed)[0]), {}
 
     def step(self, indices):
-        if self.result is not None:
-            return self.last, 0.0, *self.result, {}
-        action, total, limit = to_action(self.description, indices), 0.0, self.env.spec.max_episode_steps
-        for i in range(self.cfg.action_repeat):
-            elapsed = self.steps * self.cfg.action_repeat + i + 1
-            self.skipping = i < self.cfg.action_repeat - 1 and elapsed != limit
+        if self.ended:
+            return self.last, 0.0, *self.ended, {}
+        action, total = to_action(self.description, indices), 0.0
+        for _ in range(self.cfg.action_repeat):
             observation, reward, terminated, truncated, _ = self.env.step(action)
             total += float(reward)
             if terminated or truncated:
                 break
-        if self.skipping:                                           # ended on a frame that was not drawn
-            self.skipping = False
-            observation = self.env.unwrapped._render("state_pixels") if observation is None else observation
         self.steps += 1
         truncated = truncated or self.steps >= self.cfg.episode_frames - 1
-        if terminated or truncated:
-            self.result = (terminated, truncated)
-        self.last = self.frame(observation)
-        return self.last, total, terminated, truncated, {}
+        self.ended = (terminated, truncated) if terminated or truncated else None
+        return self.frame(observation), total, terminated, truncated, {}
 
     def close(self):
         self.env.close()
@@ -599,10 +570,16 @@ class Loop:
     random state of step n follows from (seed, phase, round, n), so that a resumed run draws the same numbers.
     """
 
-    def __init__(self, run, phase, file, model, ema, steps, lr, contents, state=None):
-        """ema: the averaged copy, or None; contents(): what goes into the checkpoint; state: one to continue."""
-        self.run, self.phase, self.file, self.model, self.ema = run, phase, file, model, ema
-        self.steps, self.lr, self.contents, cfg = steps, lr, contents, run.cfg
+    def __init__(self, run, phase, file, model, steps, lr, state=None, resume=True, names=("model", "ema"),
+                 kept={}):
+        """state: a checkpoint whose weights go on, with resume its optimizer and step too; names: the entries
+        of weights and averaged weights (left out: no averaging); kept: other entries to store."""
+        self.run, self.phase, self.file, self.model, self.names = run, phase, file, model.to(run.device), names
+        self.steps, self.lr, self.kept, cfg = steps, lr, kept, run.cfg
+        self.ema = frozen(model) if len(names) > 1 else None
+        for name, module in zip(names, (model, self.ema)):
+            if state and name in state:
+                module.load_state_dict(state[name])
         trained = [p for p in model.parameters() if p.requires_grad]
         blocks = [block for block in model.modules() if isinstance(block, Block)]
         matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
@@ -611,7 +588,7 @@ class Loop:
         if matrices:
             self.optimizers.append(torch.optim.Muon(matrices, lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.first = 0
-        if state:
+        if state and resume:
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
             self.first = state["step"]
@@ -645,7 +622,9 @@ class Loop:
 
     def save(self):
         self.run.save(self.file, phase=self.phase, step=self.step + 1,
-                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers], **self.contents())
+                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                      **{name: module.state_dict() for name, module in zip(self.names, (self.model, self.ema))},
+                      **self.kept)
         self.saved = time.time()
 
     def update(self, loss, metrics, frames=0):
@@ -722,12 +701,8 @@ def train_tokenizer(run):
     if state and state["step"] >= cfg.tokenizer_steps:
         return
     data = run.data()
-    model = Tokenizer(model_config(cfg)).to(run.device)
-    ema = frozen(model)
-    if state:
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
-    loop = Loop(run, "tokenizer", "tokenizer.pt", model, ema, cfg.tokenizer_steps, cfg.tokenizer_lr,
-                lambda: {"model": model.state_dict(), "ema": ema.state_dict()}, state)
+    model = Tokenizer(model_config(cfg))
+    loop = Loop(run, "tokenizer", "tokenizer.pt", model, cfg.tokenizer_steps, cfg.tokenizer_lr, state)
     B, T = cfg.tokenizer_batch, cfg.tokenizer_length
     for step in loop:
         ramp = min(1.0, step / max(cfg.mask_ramp * cfg.tokenizer_steps, 1))
@@ -736,7 +711,7 @@ def train_tokenizer(run):
         with run.autocast():
             loss, metrics = loop.train(to_images(batch["frames"], run.device), batch["mask"])
         loop.update(loss, metrics, B * T)
-    psnr = tokenizer_report(run, run.use(ema), data)
+    psnr = tokenizer_report(run, run.use(loop.ema), data)
     say(f"[tokenizer] PSNR on held-out episodes {psnr:.2f} dB; see {run.path('tokenizer.png')}")
 
 
@@ -755,12 +730,8 @@ def train_dynamics(run):
         return
     data = run.data()
     data.encode(tokenizer, run.folder)
-    model = Dynamics(model_config(cfg)).to(run.device)
-    ema = frozen(model)
-    if state:
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
-    loop = Loop(run, "dynamics", "dynamics.pt", model, ema, cfg.dynamics_steps, cfg.dynamics_lr,
-                lambda: {"model": model.state_dict(), "ema": ema.state_dict()}, state)
+    model = Dynamics(model_config(cfg))
+    loop = Loop(run, "dynamics", "dynamics.pt", model, cfg.dynamics_steps, cfg.dynamics_lr, state)
     for step in loop:
         B, T = sequence_shapes(cfg, step)
         batch = data.sample(loop.rng, B, T, ["latents", "actions"])
@@ -768,7 +739,7 @@ def train_dynamics(run):
         with run.autocast():
             loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch)
         loop.update(loss, metrics, B * T)
-    write_dream(run, tokenizer, run.use(ema), None, data.held_out, run.path("dynamics.gif"), 4, 32)
+    write_dream(run, tokenizer, run.use(loop.ema), None, data.held_out, run.path("dynamics.gif"), 4, 32)
     say(f"[dynamics] dream beside the truth: {run.path('dynamics.gif')}")
 
 
@@ -783,17 +754,14 @@ def train_agent(run):
     tokenizer = load_tokenizer(run)
     data = run.data()
     data.encode(tokenizer, run.folder)
-    model = Agent(model_config(cfg)).to(run.device)
+    model = Agent(model_config(cfg))
     model.value_head.requires_grad_(False)                              # learns in imagination
-    ema = frozen(model)
-    if state:
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
-    else:
-        source = run.load("dynamics.pt", "dynamics")
-        model.dynamics.load_state_dict(source["model"]), ema.dynamics.load_state_dict(source["ema"])
-    kept = {"tokenizer": tokenizer.state_dict()} | ({"heads": state["heads"]} if state and "heads" in state else {})
-    loop = Loop(run, "agent", "agent.pt", model, ema, cfg.agent_steps, cfg.dynamics_lr,
-                lambda: kept | {"model": model.state_dict(), "ema": ema.state_dict()}, state if here else None)
+    if not state:                                                       # averaged weights start from averaged ones
+        model.dynamics.load_state_dict(run.load("dynamics.pt", "dynamics")["ema"])
+    kept = {"tokenizer": tokenizer.state_dict()}
+    if state and "heads" in state:                                      # of the round before
+        kept["heads"] = state["heads"]
+    loop = Loop(run, "agent", "agent.pt", model, cfg.agent_steps, cfg.dynamics_lr, state, here, kept=kept)
     for step in loop:
         B, T = sequence_shapes(cfg, step)
         batch = data.sample(loop.rng, B, T, ["latents", "actions", "rewards"], cfg.rewarded_share)
@@ -802,7 +770,7 @@ def train_agent(run):
             loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch["rewards"],
                                        batch["continues"], batch)
         loop.update(loss, metrics, B * T)
-    agent = run.use(ema)
+    agent = run.use(loop.ema)
     predicted, real = predict_rewards(agent, data.held_out)
     corr = correlation(predicted, real)
     say(f"[agent] health: {data.reward_share:.1%} of the rewards differ from the usual {data.usual_reward:.3g}, spread "
@@ -844,15 +812,12 @@ def train_imagination(run):
     agent = Agent(model_config(cfg))
     agent.load_state_dict(state["ema"])
     agent = run.use(agent)
-    model = Imagination(agent)                                         # its prior: the cloned policy
-    if here:
-        model.load_state_dict(state["heads"])
-    elif "heads" in state:                                             # a new round: the policy starts as the clone,
-        values = {name[11:]: x for name, x in state["heads"].items() if name.startswith("value_head.")}
-        agent.value_head.load_state_dict(values)                       # the value goes on
+    model = Imagination(agent)                                         # keeps the cloned policy as its prior
+    if not here and "heads" in state:            # a new round: the value goes on, the policy starts as the clone
+        state["heads"] |= {f"policy_head.{name}": x for name, x in agent.policy_head.state_dict().items()}
     kept = {name: state[name] for name in ("tokenizer", "model", "ema")}
-    loop = Loop(run, "imagination", "agent.pt", model, None, cfg.imagination_steps, cfg.policy_lr,
-                lambda: kept | {"heads": model.state_dict()}, state if here else None)
+    loop = Loop(run, "imagination", "agent.pt", model, cfg.imagination_steps, cfg.policy_lr, state, here, ("heads",),
+                kept)
     for step in loop:
         batch = run.rows(data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
                                      cfg.rewarded_share))
