@@ -583,8 +583,7 @@ class Loop:
         trained = [p for p in model.parameters() if p.requires_grad]
         blocks = [block for block in model.modules() if isinstance(block, Block)]
         matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
-        others = [p for p in trained if all(p is not matrix for matrix in matrices)]
-        self.optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        XX        self.optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
         if matrices:
             self.optimizers.append(torch.optim.Muon(matrices, lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.first = 0
@@ -675,10 +674,9 @@ def collect(run, policy_file=None):
         first = len(list(run.path("data").glob("*.npz")))
     seeds = [run.seed * 100_000 + i for i in range(first, first + wanted)]
     seeds = [seed for seed in seeds if not name(seed).exists()]
-    if not seeds:
+    if not seeds or not main_process():                       # one process collects, the others wait
+        say(f"[collect] finished before: the {wanted} episodes of round {run.round} are there")
         return
-    if run.world > 1 and not main_process():
-        return                                                      # one process collects, the others wait
     seed = run.seed * 1000 + run.round
     policy = RandomPolicy(cfg, (seed, seeds[0])) if not policy_file else \
         load_policy(run, policy_file, seed, cfg.policy_random)
@@ -696,9 +694,17 @@ def collect(run, policy_file=None):
                     return_mean=float(np.mean(returns)))
 
 
+def finished(phase, state, steps):
+    """Whether a checkpoint (or None) has all steps of the phase."""
+    done = state is not None and state["step"] >= steps
+    if done:
+        say(f"[{phase}] finished before, at step {state['step']}")
+    return done
+
+
 def train_tokenizer(run):
     cfg, state = run.cfg, run.load("tokenizer.pt")
-    if state and state["step"] >= cfg.tokenizer_steps:
+    if finished("tokenizer", state, cfg.tokenizer_steps):
         return
     data = run.data()
     model = Tokenizer(model_config(cfg))
@@ -726,7 +732,7 @@ def sequence_shapes(cfg, step):
 def train_dynamics(run):
     cfg, state = run.cfg, run.load("dynamics.pt")
     tokenizer = load_tokenizer(run)
-    if state and state["step"] >= cfg.dynamics_steps:
+    if finished("dynamics", state, cfg.dynamics_steps):
         return
     data = run.data()
     data.encode(tokenizer, run.folder)
@@ -746,18 +752,17 @@ def train_dynamics(run):
 def train_agent(run):
     """Phase 2. Continues from dynamics.pt in round 0, from the round before later."""
     cfg, state = run.cfg, run.load("agent.pt")
-    if state and (state["round"], state["phase"] == "imagination") >= (run.round, True):
-        return
-    here = state is not None and state["round"] == run.round           # else: what the round before left
-    if here and state["step"] >= cfg.agent_steps:
+    here = state is not None and (state["round"], state["phase"]) == (run.round, "agent")
+    later = state is not None and not here and state["round"] >= run.round    # phase 3 of this round, or a later round
+    if later or finished("agent", state if here else None, cfg.agent_steps):
         return
     tokenizer = load_tokenizer(run)
     data = run.data()
     data.encode(tokenizer, run.folder)
     model = Agent(model_config(cfg))
     model.value_head.requires_grad_(False)                              # learns in imagination
-    if not state:                                                       # averaged weights start from averaged ones
-        model.dynamics.load_state_dict(run.load("dynamics.pt", "dynamics")["ema"])
+    if not state:                              # the first round starts from the dynamics, later ones from the last
+        model.dynamics.load_state_dict(complete(run, "dynamics.pt", "dynamics", cfg.dynamics_steps)["ema"])
     kept = {"tokenizer": tokenizer.state_dict()}
     if state and "heads" in state:                                      # of the round before
         kept["heads"] = state["heads"]
@@ -803,10 +808,10 @@ def train_imagination(run):
     """Phase 3: the transformer is frozen; policy and value head learn on what model and policy dream up."""
     cfg, state = run.cfg, run.load("agent.pt", "agent")
     here = (state["round"], state["phase"]) == (run.round, "imagination")
-    if state["round"] > run.round or here and state["step"] >= cfg.imagination_steps:
+    if state["round"] > run.round or finished("imagination", state if here else None, cfg.imagination_steps):
         return
-    if not here and (state["round"] < run.round or state["step"] < cfg.agent_steps):
-        fail(f"{run.path('agent.pt')} is not finished; run first: python train.py --phase agent --run {run.folder}")
+    if not here:
+        complete(run, "agent.pt", "agent", cfg.agent_steps)
     data = run.data()
     data.encode(load_tokenizer(run), run.folder)
     agent = Agent(model_config(cfg))
@@ -836,13 +841,18 @@ def train_imagination(run):
 
 # --- measuring
 
-def load_tokenizer(run):
-    state = run.load("tokenizer.pt", "tokenizer")
-    if state["step"] < run.cfg.tokenizer_steps:
-        fail(f"{run.path('tokenizer.pt')} is not finished; run first: python train.py --phase tokenizer "
+def complete(run, name, phase, steps):
+    """The checkpoint of a phase that has all its steps."""
+    state = run.load(name, phase)
+    if state["step"] < steps:
+        fail(f"{run.path(name)} stands at step {state['step']} of {steps}; run first: python train.py --phase {phase} "
              f"--run {run.folder}")
+    return state
+
+
+def load_tokenizer(run):
     tokenizer = Tokenizer(model_config(run.cfg))
-    tokenizer.load_state_dict(state["ema"])
+    tokenizer.load_state_dict(complete(run, "tokenizer.pt", "tokenizer", run.cfg.tokenizer_steps)["ema"])
     return run.use(tokenizer)
 
 
@@ -1261,4 +1271,7 @@ def report_size(cfg):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:                                           # a full disk while logging, for example
+        fail(error)
