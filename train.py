@@ -583,7 +583,8 @@ class Loop:
         trained = [p for p in model.parameters() if p.requires_grad]
         blocks = [block for block in model.modules() if isinstance(block, Block)]
         matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
-        XX        self.optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        others = [p for p in trained if id(p) not in set(map(id, matrices))]
+        self.optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
         if matrices:
             self.optimizers.append(torch.optim.Muon(matrices, lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.first = 0
