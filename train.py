@@ -16,7 +16,6 @@ Every field of the two configs (dreamer4.Config and TrainConfig below) is a flag
 """
 import argparse
 import contextlib
-import csv
 import dataclasses
 import inspect
 import json
@@ -60,7 +59,7 @@ class TrainConfig(Config):
     policy_random: float = 0.1      # share of random actions when the policy collects
     batch_size: int = 16            # sequences per training step, over all processes
     short_length: int = 12          # frames of a short training sequence, T1
-    long_length: int = 32           # frames of a long one, T2: longer than the context C
+    long_length: int = 24           # frames of a long one, T2: longer than the context C
     long_every: int = 4             # every n-th batch is long (and smaller: the same number of frames)
     rewarded_share: float = 0.3     # share of sequences drawn around a rewarded frame (agent phase, contexts)
     tokenizer_batch: int = 8        # sequences per tokenizer step
@@ -87,6 +86,17 @@ class TrainConfig(Config):
     compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
     save_seconds: float = 120.0     # time between checkpoints
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("action_bins", "action_repeat", "episode_frames", "envs", "collect_episodes", "hold", "rounds",
+                     "round_episodes", "batch_size", "short_length", "long_length", "long_every", "tokenizer_batch",
+                     "tokenizer_length", "tokenizer_steps", "dynamics_steps", "agent_steps", "imagination_steps",
+                     "rollouts", "rollout_context", "horizon", "updates", "eval_episodes"):
+            if getattr(self, name) < (2 if name == "action_bins" else 1):
+                raise ValueError(f"config: {name} must be at least {2 if name == 'action_bins' else 1}")
+        if self.k < 1 or self.k & (self.k - 1) or self.k > self.k_max:
+            raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
+
 
 PRESETS = {
     "tiny": dict(tokenizer_width=32, tokenizer_depth=2, tokenizer_heads=2, latents=8, latent_channels=8, width=32,
@@ -104,8 +114,8 @@ PRESETS = {
                    kv_heads=2, registers=4, pack=1, batch_size=8, short_length=16, long_length=16,
                    tokenizer_batch=8, tokenizer_length=16),
     "paper": dict(image_size=(360, 640), patch=16, latents=512, latent_channels=16, tokenizer_width=1024,
-                  tokenizer_depth=16, tokenizer_heads=16, pack=2, width=1920, depth=32, heads=30, kv_heads=6,
-                  registers=8, context=192, k_max=64, head_width=1920, short_length=64, long_length=256,
+                  tokenizer_depth=16, tokenizer_heads=16, pack=2, width=2048, depth=36, heads=32, kv_heads=8,
+                  registers=8, context=192, k_max=64, head_width=2048, short_length=64, long_length=256,
                   action_spec=(2,) * 23 + (121,)),
 }
 # Config fields that may change between phases; the others are the architecture, which a checkpoint fixes
@@ -380,7 +390,7 @@ class Data:
         rewards = np.concatenate([e["rewards"][1:] for e in self.train])
         self.usual_reward = float(np.median(rewards))             # in many tasks every step costs a little
         self.reward_share = float((np.abs(rewards - self.usual_reward) > 1e-3).mean())
-        self.reward_std = float(rewards.std())
+        self.reward_std, self.nonzero_share = float(rewards.std()), float((rewards != 0).mean())
         self.frames = sum(len(e["frames"]) for e in self.train)
 
     def encode(self, tokenizer, folder):
@@ -498,6 +508,13 @@ class Run:
         self.folder, self.cfg, self.seed, self.actions, self.round = Path(folder), cfg, seed, actions, 0
         self.overrides = overrides
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        long_batch = sequence_shapes(cfg, 0)[0]
+        for name, count in [("batch_size", cfg.batch_size), ("batch_size", long_batch), ("rollouts", cfg.rollouts),
+                            ("tokenizer_batch", cfg.tokenizer_batch)]:
+            share = self.world * (cfg.shortcut_every if name == "batch_size" else 1)
+            if self.world > 1 and count % share:
+                fail(f"--{name} gives batches of {count} sequences, which do not divide by {share} "
+                     f"({self.world} processes, the dynamics' also by shortcut_every)")
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         on_cpu = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
         bf16 = torch.cuda.is_bf16_supported() if self.device != "cpu" else on_cpu
@@ -726,8 +743,8 @@ def sequence_shapes(cfg, step):
     """Alternating batch lengths: mostly short sequences, every n-th batch long, the same number of frames."""
     if step % cfg.long_every:
         return cfg.batch_size, cfg.short_length
-    step_size = max(1, cfg.batch_size * cfg.short_length // cfg.long_length)
-    return step_size, cfg.long_length
+    count = cfg.batch_size * cfg.short_length // cfg.long_length
+    return max(1, count // cfg.shortcut_every) * cfg.shortcut_every, cfg.long_length     # whole groups of sequences
 
 
 def train_dynamics(run):
@@ -779,8 +796,8 @@ def train_agent(run):
     agent = run.use(loop.ema)
     predicted, real = predict_rewards(agent, data.held_out)
     corr = correlation(predicted, real)
-    say(f"[agent] health: {data.reward_share:.1%} of the rewards differ from the usual {data.usual_reward:.3g}, spread "
-        f"{data.reward_std:.3g}; predicted rewards on held-out episodes: spread {predicted.std():.3g}, "
+    say(f"[agent] health: {data.nonzero_share:.1%} of the rewards are not zero, {data.reward_share:.1%} differ from "
+        f"the usual {data.usual_reward:.3g}, spread {data.reward_std:.3g}; predicted rewards on held-out episodes: spread {predicted.std():.3g}, "
         f"correlation {corr:.3f}")
     if data.reward_std < 1e-6:
         say("[agent] WARNING: all rewards are equal: the reward head has nothing to learn, and imagination will "
@@ -960,7 +977,7 @@ def write_video(path, frames, scale=2, fps=12):
     write_file(path, lambda file: imageio.imwrite(file, frames, extension=".gif", duration=1000 / fps, loop=0))
 
 
-def test_episodes(run, tokenizer):
+def held_out_episodes(run, tokenizer):
     """Held-out episodes with latents; where the run has no data, a few fresh ones of random interaction."""
     if len(list(run.path("data").glob("*.npz"))) >= 2:
         data = run.data()
@@ -1022,7 +1039,7 @@ def evaluate(run, path):
     torch.manual_seed(run.seed)
     for e in episodes:
         e["latents"] = encode(tokenizer, e["frames"])
-    held_out = test_episodes(run, tokenizer)
+    held_out = held_out_episodes(run, tokenizer)
     results |= {"episodes": len(episodes),
                 "tokenizer_psnr": float(np.mean([psnr(e["frames"], decode(tokenizer, e["latents"][None])[0])
                                                  for e in held_out])),
@@ -1052,7 +1069,7 @@ def evaluate(run, path):
 
 def dream(run, path, length):
     tokenizer, agent, _ = load_agent(run, path)
-    episodes = test_episodes(run, tokenizer)
+    episodes = held_out_episodes(run, tokenizer)
     write_dream(run, tokenizer, agent.dynamics, None, episodes, run.path("dream.gif"), 4, length)
     say(f"[dream] {run.path('dream.gif')}: truth above, dream below, same actions")
 
@@ -1072,15 +1089,6 @@ def bench(run):
             work(), sync()
             times.append(time.perf_counter() - began)
         return float(np.median(times[2:]))
-
-    def report(name, frames, work, repeats=5):
-        with FlopCounterMode(display=False) as counter:
-            work()
-        spent = seconds(work, repeats)
-        results[name] = round(frames / spent, 1)
-        results[f"{name}_share"] = round(counter.get_total_flops() / spent / peak, 3)
-        say(f"[bench] {name}: {results[name]} frames/s, {results[f'{name}_share']:.0%} of the matmul rate, "
-            f"peak memory {memory():.2f} GB")
 
     def memory():
         if run.device != "cpu":
@@ -1102,10 +1110,6 @@ def bench(run):
     results |= {f"{name}_parameters": sum(p.numel() for p in module.parameters())
                 for name, module in (("tokenizer", tokenizer), ("dynamics", dynamics))}
     play_tokenizer, play_agent = run.use(tokenizer), run.use(agent)
-    if cfg.compile:
-        for block in [*tokenizer.modules(), *dynamics.modules()]:
-            if isinstance(block, Block):
-                block.compile(dynamic=False)
 
     def step(module, *inputs):
         with run.autocast():
@@ -1115,24 +1119,34 @@ def bench(run):
 
     B, T = cfg.tokenizer_batch, cfg.tokenizer_length
     images = torch.rand(B, T, 3, *cfg.image_size, device=run.device)
-    report("tokenizer_training", B * T, lambda: step(tokenizer, images, tokenizer.draw(B, T, device=run.device)))
-    B, T = cfg.batch_size, cfg.short_length
-    z = torch.rand(16, max(T, 8), cfg.latents, cfg.latent_channels, device=run.device) * 2 - 1
-    actions = torch.zeros(16, max(T, 8), len(cfg.action_spec), dtype=torch.int64, device=run.device)
-    batch = (z[:1, :T].expand(B, -1, -1, -1), actions[:1, :T].expand(B, -1, -1))
-    report("dynamics_training", B * T, lambda: step(dynamics, *batch, dynamics.draw(B, T, device=run.device)))
-    report("imagination", 256, lambda: imagine(play_agent, z[:, :8], actions[:, :8], 16, min(4, cfg.k_max)), 3)
-    stream, cache = play_agent.dream(min(4, cfg.k_max)), Cache()
+    B2, T2 = cfg.batch_size, cfg.short_length
+    z = torch.rand(16, max(T2, 8), cfg.latents, cfg.latent_channels, device=run.device) * 2 - 1
+    actions = torch.zeros(16, max(T2, 8), len(cfg.action_spec), dtype=torch.int64, device=run.device)
+    batch = (z[:1, :T2].expand(B2, -1, -1, -1), actions[:1, :T2].expand(B2, -1, -1))
+    k, stream, cache = min(4, cfg.k_max), play_agent.dream(min(4, cfg.k_max)), Cache()
     stream.reset(z[:1, :8], actions[:1, :8])
-    report("play", 1, lambda: play_tokenizer.decode(stream.step(actions[:1, 0])[0][:, None], cache), 30)
+    jobs = [("tokenizer_training", B * T, 5, lambda: step(tokenizer, images, tokenizer.draw(B, T, device=run.device))),
+            ("dynamics_training", B2 * T2, 10, lambda: step(dynamics, *batch, dynamics.draw(B2, T2, device=run.device))),
+            ("imagination", 256, 3, lambda: imagine(play_agent, z[:, :8], actions[:, :8], 16, k)),
+            ("play", 1, 30, lambda: play_tokenizer.decode(stream.step(actions[:1, 0])[0][:, None], cache))]
+    for name, frames, repeats, work in jobs:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        for block in [*tokenizer.modules(), *dynamics.modules()] if cfg.compile and "training" in name else ():
+            if isinstance(block, Block) and block._compiled_call_impl is None:
+                block.compile(dynamic=False)
+        spent = seconds(work, repeats)
+        results[name], results[f"{name}_share"] = frames / spent, counter.get_total_flops() / spent / peak
+        say(f"[bench] {name}: {results[name]:.0f} frames/s, {results[f'{name}_share']:.0%} of the matmul rate, "
+            f"peak memory so far {memory():.2f} GB")
     if run.actions is not None:
         began = time.time()
         cfg.episode_frames = min(cfg.episode_frames, 100)
         frames = sum(len(e["frames"]) for _, e in play(cfg, RandomPolicy(cfg, 0), range(cfg.envs)))
-        results["collect"] = round(frames / (time.time() - began), 1)
-        say(f"[bench] collect: {results['collect']} frames/s with {cfg.envs} environments, start included")
-    results["peak_memory_gb"] = round(memory(), 2)
-    say(json.dumps(results))
+        results["collect"] = frames / (time.time() - began)
+        say(f"[bench] collect: {results['collect']:.0f} frames/s with {cfg.envs} environments, start included")
+    results["peak_memory_gb"] = memory()
+    say(json.dumps({name: round(x, 3) if isinstance(x, float) else x for name, x in results.items()}))
 
 
 def run_all(run):
@@ -1145,9 +1159,10 @@ def run_all(run):
             train_dynamics(run)
         train_agent(run)
         train_imagination(run)
-    if main_process() and not run.path("eval.json").exists():
-        dream(run, run.path("agent.pt"), 48)
-        evaluate(run, run.path("agent.pt"))
+    result, agent = run.path("eval.json"), run.path("agent.pt")
+    if main_process() and not (result.exists() and result.stat().st_mtime > agent.stat().st_mtime):
+        dream(run, agent, 48)
+        evaluate(run, agent)
 
 
 def wait():
@@ -1159,16 +1174,20 @@ def wait():
 # Command line
 
 def flag_type(field):
-    """How the text of a flag becomes the value of a config field."""
-    if str(field.type).startswith("tuple"):
-        return lambda text: tuple(int(part) for part in re.split("[x,]", text))
-    if field.type in (bool, "bool"):
-        return lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    return {"int": int, "float": float, "str": str}.get(field.type, field.type)
+    """How the text of a flag becomes the value of a config field; errors of argparse show the function's name."""
+    def numbers(text):
+        return tuple(int(part) for part in re.split("[x,]", text))
+
+    def boolean(text):
+        return bool(("false", "true").index(text.lower()))
+
+    return numbers if str(field.type).startswith("tuple") else boolean if field.type is bool else field.type
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (python train.py --help lists all flags)")
     parser.add_argument("--phase", choices=PHASES, default="all")
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu where CUDA is there, else cpu")
     parser.add_argument("--run", default="runs/default", help="folder of this run")
@@ -1194,8 +1213,6 @@ def main(arguments=None):
     if args.episodes is not None:
         overrides |= {"collect_episodes": args.episodes, "round_episodes": args.episodes,
                       "eval_episodes": args.episodes}
-        if args.episodes < 1:
-            fail("--episodes must be at least 1")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, _: STOP.append(signum))
     if "WORLD_SIZE" in os.environ:
@@ -1212,6 +1229,8 @@ def main(arguments=None):
             saved = json.loads(settings.read_text())
         except (OSError, ValueError) as error:
             fail(f"{settings} is damaged ({error}); delete it and give the flags again")
+    if args.preset and saved.get("preset", preset) != preset:
+        fail(f"--preset {preset}, but {settings} was made with {saved['preset']}; use another --run")
     values = saved.get("config", PRESETS[preset])
     unknown = set(values) - names
     if unknown:
@@ -1225,28 +1244,18 @@ def main(arguments=None):
     if preset == "paper" and args.phase == "bench":
         return report_size(cfg)
     if "action_spec" in overrides:                                    # recorded data, no environment at hand
-        actions = {"multi": list(cfg.action_spec), "start": [0] * len(cfg.action_spec)}
+        actions = describe(gym.spaces.MultiDiscrete(cfg.action_spec), cfg.action_bins)
     elif actions is None or {"env", "action_bins"} & set(overrides):
         env = make_env(cfg)
         actions = describe(env.action_space, cfg.action_bins)
         env.close()
     cfg.action_spec = action_sizes(actions)
-    for name, ok, hint in [
-            ("batch_size", cfg.batch_size % (cfg.shortcut_every * int(os.environ.get("WORLD_SIZE", 1))) == 0
-             or "WORLD_SIZE" not in os.environ, "must divide by shortcut_every times the number of processes"),
-            ("k", cfg.k > 0 and cfg.k & (cfg.k - 1) == 0 and cfg.k <= cfg.k_max, "must be a power of two up to k_max"),
-            ("action_bins", cfg.action_bins > 1, "must be at least 2"),
-            ("hold", cfg.hold > 0, "must be at least 1"),
-            ("rollout_context", cfg.rollout_context > 0, "must be at least 1"),
-            ("envs", cfg.envs > 0, "must be at least 1")]:
-        if not ok:
-            fail(f"--{name} {getattr(cfg, name)} {hint}")
     run = Run(args.run, cfg, seed, actions, overrides)
     if args.phase == "bench":
         return bench(run)
     path = args.checkpoint or run.path("agent.pt")
     if main_process() and not args.checkpoint:
-        text = json.dumps({"seed": seed, "actions": actions, "config": asdict(cfg)}, indent=1)
+        text = json.dumps({"preset": saved.get("preset", preset), "seed": seed, "actions": actions, "config": asdict(cfg)}, indent=1)
         write_file(settings, lambda file: file.write(text.encode()))
     wait()
     if run.path("agent.pt").exists() and args.phase in ("agent", "imagination"):
@@ -1256,9 +1265,8 @@ def main(arguments=None):
      "dynamics": lambda: train_dynamics(run), "agent": lambda: train_agent(run),
      "imagination": lambda: train_imagination(run), "evaluate": lambda: evaluate(run, path),
      "dream": lambda: dream(run, path, args.length), "all": lambda: run_all(run)}[args.phase]()
-    say_done = f"[{args.phase}] done in {(time.time() - began) / 60:.1f} min"
-    if args.phase != "evaluate" and args.phase != "all":
-        say(say_done)
+    if args.phase not in ("evaluate", "all"):                             # their last line is the result as JSON
+        say(f"[{args.phase}] done in {(time.time() - began) / 60:.1f} min")
     if dist.is_initialized():
         dist.destroy_process_group()
 
