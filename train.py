@@ -8,6 +8,7 @@
     python train.py --phase imagination              # PMPO inside the dreams
     python train.py --phase evaluate --checkpoint runs/default/agent.pt
     python train.py --phase dream                    # GIF: truth above, dream below, same actions
+    python train.py --phase play                     # drive in the dream, in a browser
     python train.py --phase bench                    # speed on this machine
     torchrun --nproc_per_node 2 train.py             # several GPUs or processes
 
@@ -15,6 +16,7 @@ A phase that is interrupted (Ctrl-C, SIGTERM, SIGKILL) continues when the same c
 Every field of the two configs (dreamer4.Config and TrainConfig below) is a flag.
 """
 import argparse
+import base64
 import contextlib
 import dataclasses
 import inspect
@@ -22,12 +24,15 @@ import json
 import os
 import platform
 import re
+import secrets
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gymnasium as gym
@@ -40,7 +45,7 @@ import torch.nn.functional as F
 
 from dreamer4 import Agent, Block, Cache, Config, Dream, Dynamics, Tokenizer, frozen, imagine
 
-PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination", "evaluate", "dream", "bench", "all")
+PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination", "evaluate", "dream", "play", "bench", "all")
 
 
 @dataclass
@@ -1074,6 +1079,128 @@ def dream(run, path, length):
     say(f"[dream] {run.path('dream.gif')}: truth above, dream below, same actions")
 
 
+class Player:
+    """The dreams of the browser tabs: start, step and stop one; a tab that falls silent is forgotten."""
+
+    def __init__(self, run, path, tabs=8, silence=60):
+        self.cfg, self.tabs, self.silence, self.open, self.lock = run.cfg, tabs, silence, {}, threading.Lock()
+        self.tokenizer, self.agent, _ = load_agent(run, path)
+        self.episodes, self.device = held_out_episodes(run, self.tokenizer), run.device
+        self.rng = np.random.default_rng()
+
+    def start(self, session=None):
+        """A new dream from a random context, in the place of the session's old one."""
+        with self.lock:
+            self.open = {name: tab for name, tab in self.open.items()
+                         if name != session and time.time() - tab["seen"] < self.silence}
+            if len(self.open) >= self.tabs:
+                raise ValueError(f"{self.tabs} tabs are dreaming already; close one")
+            batch = windows([self.episodes[self.rng.integers(len(self.episodes))]], self.rng, 1, 8)
+            z, actions = (torch.as_tensor(batch[name], device=self.device) for name in ("latents", "actions"))
+            tab = {"dream": self.agent.dream(1), "cache": Cache(), "frame": 0, "name": secrets.token_urlsafe(16)}
+            tab["h"] = tab["dream"].reset(z.float(), actions)
+            self.picture(tab, z[:, :-1])
+            self.open[tab["name"]] = tab
+            return self.show(tab, z[:, -1:]) | {"session": tab["name"],
+                                                "steps": [k for k in (1, 2, 4, 8) if k <= self.cfg.k_max]}
+
+    def step(self, session, k, policy, x, y, digit=None):
+        """The next frame. x, y in {-1, 0, 1}: keys for the first two action components; digit: a category."""
+        with self.lock:
+            tab = self.open.get(session)
+            if tab is None:
+                raise KeyError("this dream was forgotten; it starts again")
+            if k not in (1, 2, 4, 8) or k > self.cfg.k_max or x not in (-1, 0, 1) or y not in (-1, 0, 1):
+                raise ValueError("k, x or y is out of range")
+            action = self.agent.sample(self.agent.policy(tab["h"]))
+            if not policy:
+                action[0] = 0
+                for i, (key, count) in enumerate(zip((x, y), self.cfg.action_spec)):
+                    action[0, i] = round((key + 1) / 2 * (count - 1))
+                if digit is not None:
+                    action[0, 0] = min(max(int(digit), 0), self.cfg.action_spec[0] - 1)
+            tab["dream"].k, tab["frame"] = k, tab["frame"] + 1
+            z, tab["h"] = tab["dream"].step(action)
+            return self.show(tab, z[:, None])
+
+    def stop(self, session):
+        with self.lock:
+            self.open.pop(session, None)
+            return {}
+
+    def picture(self, tab, z):
+        with torch.no_grad():
+            return self.tokenizer.decode(z.float(), tab["cache"])
+
+    def show(self, tab, z):
+        tab["seen"] = time.time()
+        pixels = (self.picture(tab, z)[0, -1] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        with torch.no_grad():
+            numbers = {name: float(getattr(self.agent, name)(tab["h"])) for name in ("reward", "continuation", "value")}
+        return {"pixels": base64.b64encode(pixels.tobytes()).decode(), "size": pixels.shape[:2],
+                "frame": tab["frame"], **numbers}
+
+
+def serve(run, path, port):
+    """One page on 127.0.0.1. Only pages of this server may talk to it: foreign hosts and origins are refused."""
+    player = Player(run, path)
+    page = (Path(__file__).parent / "assets" / "play.html").read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version, timeout = "HTTP/1.1", 60
+
+        def answer(self, status, body, kind="text/plain; charset=utf-8"):
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def foreign(self):
+            """The host may carry another port: the server works through an SSH port forward."""
+            host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+            return (re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]")
+                    or origin not in (None, f"http://{host}"))
+
+        def do_GET(self):
+            if self.foreign():
+                return self.answer(403, b"foreign host or origin")
+            self.answer(200, page, "text/html; charset=utf-8") if self.path == "/" else self.answer(404, b"not found")
+
+        def do_POST(self):
+            length = self.headers.get("Content-Length", "")
+            self.close_connection = True                                     # unless the body was read
+            if self.foreign():
+                return self.answer(403, b"foreign host or origin")
+            if self.path not in ("/start", "/step", "/stop"):
+                return self.answer(404, b"not found")
+            if not length.isdecimal() or int(length) > 1000:
+                return self.answer(400, b"the body must be a small JSON object")
+            body, self.close_connection = self.rfile.read(int(length)), False
+            try:
+                answer = getattr(player, self.path[1:])(**json.loads(body))
+            except KeyError as error:
+                return self.answer(410, str(error.args[0]).encode())
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                return self.answer(400, f"bad request: {error}".encode())
+            self.answer(200, json.dumps(answer).encode(), "application/json")
+
+        def log_message(self, *_):
+            pass
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        fail(f"--port {port}: {error.strerror}; choose another one")
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    say(f"[play] open http://127.0.0.1:{server.server_address[1]} (Ctrl-C ends it)")
+    while not STOP:
+        time.sleep(0.2)
+    server.shutdown()
+
+
 def bench(run):
     """Speed of everything on this machine, in one run."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -1196,6 +1323,7 @@ def parse(arguments):
     parser.add_argument("--policy", help="collect: checkpoint of the policy that acts")
     parser.add_argument("--episodes", type=int, help="episodes to collect or to evaluate on")
     parser.add_argument("--length", type=int, default=48, help="frames of the dream's GIF")
+    parser.add_argument("--port", type=int, default=8000, help="port of the page to play on")
     fields = parser.add_argument_group("config")
     comments = {}
     for cls in (Config, TrainConfig):
@@ -1264,7 +1392,8 @@ def main(arguments=None):
     {"collect": lambda: collect(run, args.policy), "tokenizer": lambda: train_tokenizer(run),
      "dynamics": lambda: train_dynamics(run), "agent": lambda: train_agent(run),
      "imagination": lambda: train_imagination(run), "evaluate": lambda: evaluate(run, path),
-     "dream": lambda: dream(run, path, args.length), "all": lambda: run_all(run)}[args.phase]()
+     "dream": lambda: dream(run, path, args.length), "play": lambda: serve(run, path, args.port),
+     "all": lambda: run_all(run)}[args.phase]()
     if args.phase not in ("evaluate", "all"):                             # their last line is the result as JSON
         say(f"[{args.phase}] done in {(time.time() - began) / 60:.1f} min")
     if dist.is_initialized():
