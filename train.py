@@ -148,6 +148,8 @@ def describe(space, bins):
         return {"keys": list(keys), "parts": [describe(space[key], bins) for key in keys], "named": named}
     if isinstance(space, gym.spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
         low, step, sizes = space.low, (space.high.astype(float) - space.low) / (bins - 1), np.full(space.shape, bins)
+        while (far := low + (bins - 1) * step > space.high).any():              # rounding: not an ulp too far
+            step = np.where(far, np.nextafter(step, 0), step)
     elif isinstance(space, gym.spaces.Discrete):
         low, step, sizes = space.start, 1, space.n
     elif isinstance(space, gym.spaces.MultiDiscrete):
@@ -366,9 +368,11 @@ def load_episode(path, cfg):
     try:
         with np.load(path, allow_pickle=False) as file:
             episode = {name: file[name] for name in ("frames", "actions", "rewards", "terminal")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:
         fail(f"episode file {path} is damaged or no episode ({error}); delete it or make it again")
-    T, A = len(episode["frames"]), len(cfg.action_spec)
+    T, A = episode["rewards"].size, len(cfg.action_spec)
+    if T == 0:
+        fail(f"episode file {path} has no frames; delete it or make it again")
     for name, shape, dtype in [("frames", (T, *cfg.image_size, 3), np.uint8), ("actions", (T, A), np.int16),
                                ("rewards", (T,), np.float32), ("terminal", (), np.bool_)]:
         if episode[name].shape != shape or episode[name].dtype != dtype:
@@ -412,6 +416,7 @@ class Data:
             try:
                 episode["latents"] = np.load(cached, allow_pickle=False)
                 assert len(episode["latents"]) == len(episode["frames"])
+                assert cached.stat().st_mtime >= path.stat().st_mtime
             except (OSError, ValueError, EOFError, AssertionError):                  # not there, or damaged
                 episode["latents"] = encode(tokenizer, episode["frames"])
                 count += len(episode["frames"])
@@ -470,12 +475,16 @@ def decode(tokenizer, latents, chunk=32):
 def load_checkpoint(path):
     """Reads a checkpoint (tensors and plain values only)."""
     try:
+        if Path(path).is_file():                            # torch does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if name := archive.testzip():
+                    raise ValueError(f"checksum of {name}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"checkpoint {path} does not exist; train it first, or give another --checkpoint")
     except Exception as error:                                         # torch raises many kinds on damaged files
-        fail(f"checkpoint {path} is damaged or no checkpoint ({str(error).splitlines()[0]}); restore it from a copy "
-             "or delete it and train that phase again")
+        fail(f"checkpoint {path} is damaged or no checkpoint ({' '.join(str(error).split())[:200]}); restore it from a "
+             "copy or delete it and train that phase again")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         fail(f"checkpoint {path} is of another version (this code reads format {FORMAT}); train it again")
     return state
@@ -531,6 +540,19 @@ class Run:
     def path(self, name):
         return self.folder / name
 
+    def seeded(self, phase, *step):
+        """From here on the random numbers of a phase, or of one step in it, whatever ran before; equal on all
+        processes. Returns a NumPy generator; torch is seeded too."""
+        sequence = np.random.SeedSequence((self.seed, PHASES.index(phase), self.round, *step))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+        return np.random.default_rng(sequence)
+
+    def remember(self):
+        """config.json: the settings of the last command that made something."""
+        text = json.dumps({"preset": self.preset, "seed": self.seed, "actions": self.actions,
+                           "config": asdict(self.cfg)}, indent=1)
+        write_file(self.path("config.json"), lambda file: file.write(text.encode()))
+
     def rows(self, batch):
         """This process's share of a batch drawn for all (numpy or torch, equal on all processes) -> device."""
         shard = lambda x: x[self.rank * len(x) // self.world:(self.rank + 1) * len(x) // self.world]
@@ -542,6 +564,7 @@ class Run:
             state = {"format": FORMAT, "seed": self.seed, "round": self.round, "config": asdict(self.cfg),
                      "actions": json.dumps(self.actions), **state}
             write_file(self.path(name), lambda file: torch.save(state, file))
+            self.remember()
 
     def load(self, name, phase=None):
         """The checkpoint, checked against this run; None where there is none, unless a phase is named to run."""
@@ -628,13 +651,12 @@ class Loop:
         self.began = self.told = self.saved = time.time()
         self.frames = 0
         for self.step in range(self.first, self.steps):
-            sequence = np.random.SeedSequence((self.run.seed, PHASES.index(self.phase), self.run.round, self.step))
-            self.rng = np.random.default_rng(sequence)
-            torch.manual_seed(int(sequence.generate_state(1)[0]))          # equal on all processes
+            self.rng = self.run.seeded(self.phase, self.step)
             yield self.step
             stop = torch.tensor(float(bool(STOP)), device=self.run.device)
             if self.run.world > 1:
                 dist.all_reduce(stop)
+            stop = stop and self.step + 1 < self.steps                      # else the phase writes its picture first
             if stop or time.time() - self.saved > self.run.cfg.save_seconds:
                 self.save()
             if stop:
@@ -706,6 +728,7 @@ def collect(run, policy_file=None):
     began, frames, returns = time.time(), 0, []
     for seed, episode in play(cfg, policy, seeds):
         episode.pop("values", None)
+        run.remember()
         write_file(name(seed), lambda file: np.savez_compressed(file, **episode))
         frames += len(episode["frames"])
         returns.append(float(episode["rewards"].sum()))
@@ -730,6 +753,7 @@ def train_tokenizer(run):
     if finished("tokenizer", state, cfg.tokenizer_steps):
         return
     data = run.data()
+    run.seeded("tokenizer")
     model = Tokenizer(model_config(cfg))
     loop = Loop(run, "tokenizer", "tokenizer.pt", model, cfg.tokenizer_steps, cfg.tokenizer_lr, state)
     B, T = cfg.tokenizer_batch, cfg.tokenizer_length
@@ -759,6 +783,7 @@ def train_dynamics(run):
         return
     data = run.data()
     data.encode(tokenizer, run.folder)
+    run.seeded("dynamics")
     model = Dynamics(model_config(cfg))
     loop = Loop(run, "dynamics", "dynamics.pt", model, cfg.dynamics_steps, cfg.dynamics_lr, state)
     for step in loop:
@@ -782,6 +807,7 @@ def train_agent(run):
     tokenizer = load_tokenizer(run)
     data = run.data()
     data.encode(tokenizer, run.folder)
+    run.seeded("agent")
     model = Agent(model_config(cfg))
     model.value_head.requires_grad_(False)                              # learns in imagination
     if not state:                              # the first round starts from the dynamics, later ones from the last
@@ -979,7 +1005,8 @@ def write_dream(run, tokenizer, dynamics, token, episodes, path, context, length
 def write_video(path, frames, scale=2, fps=12):
     """frames (T, H, W, 3) uint8 -> an endless GIF."""
     frames = frames.repeat(scale, 1).repeat(scale, 2)
-    write_file(path, lambda file: imageio.imwrite(file, frames, extension=".gif", duration=1000 / fps, loop=0))
+    write_file(path, lambda file: file.write(
+        imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)))
 
 
 def held_out_episodes(run, tokenizer):
@@ -1341,6 +1368,10 @@ def main(arguments=None):
     if args.episodes is not None:
         overrides |= {"collect_episodes": args.episodes, "round_episodes": args.episodes,
                       "eval_episodes": args.episodes}
+    if args.length < 5:
+        fail("--length must be at least 5: four frames are context")
+    if (args.seed or 0) < 0:
+        fail("--seed must not be negative")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, _: STOP.append(signum))
     if "WORLD_SIZE" in os.environ:
@@ -1379,12 +1410,10 @@ def main(arguments=None):
         env.close()
     cfg.action_spec = action_sizes(actions)
     run = Run(args.run, cfg, seed, actions, overrides)
+    run.preset = saved.get("preset", preset)
     if args.phase == "bench":
         return bench(run)
     path = args.checkpoint or run.path("agent.pt")
-    if main_process() and not args.checkpoint:
-        text = json.dumps({"preset": saved.get("preset", preset), "seed": seed, "actions": actions, "config": asdict(cfg)}, indent=1)
-        write_file(settings, lambda file: file.write(text.encode()))
     wait()
     if run.path("agent.pt").exists() and args.phase in ("agent", "imagination"):
         run.round = load_checkpoint(run.path("agent.pt"))["round"]
