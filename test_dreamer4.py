@@ -1,7 +1,9 @@
 """Tests of dreamer4.py and train.py, as statements about the method. Run: python -m pytest"""
 import ast
+import base64
 import dataclasses
 import gc
+import http.client
 import json
 import math
 import os
@@ -1509,3 +1511,74 @@ def test_the_code_reaches_the_size_of_the_paper(capsys):
     main("--preset", "paper", "--phase", "bench")
     sizes = json.loads(capsys.readouterr().out)
     assert 3.5e8 < sizes["tokenizer"] < 4.5e8 and 1.4e9 < sizes["dynamics"] < 1.8e9
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Playing: the page's server, talked to as a browser does and as one should not
+
+@pytest.fixture(scope="module")
+def ask(finished):
+    """ask(path, body, method, **headers) -> status, answer: a request to a running server."""
+    process = start("-u", train.__file__, "--phase", "play", "--checkpoint", finished / "agent.pt", "--run", finished,
+                    "--port", 0)
+    line = process.stdout.readline()
+    port = int(re.search(r"http://127\.0\.0\.1:(\d+)", line)[1])
+
+    def ask(path, body=None, method="POST", **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request(method, path, body if isinstance(body, str) else json.dumps(body), headers)
+        answer = connection.getresponse()
+        text = answer.read()
+        return answer.status, json.loads(text) if answer.headers["Content-Type"] == "application/json" else text
+
+    yield ask
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+STILL = dict(k=4, policy=False, x=0, y=0)
+
+
+def test_the_page_is_served_and_frames_advance_with_numbers(ask):
+    assert b"<canvas" in ask("/", method="GET")[1]
+    status, state = ask("/start", {})
+    assert status == 200 and state["frame"] == 0 and state["steps"] == [1, 2, 4]
+    for frame, policy in ((1, False), (2, True)):
+        status, after = ask("/step", STILL | {"session": state["session"], "policy": policy})
+        assert (status, after["frame"], after["size"]) == (200, frame, [64, 64])
+        assert len(base64.b64decode(after["pixels"])) == 64 * 64 * 3
+        assert all(isinstance(after[name], float) for name in ("reward", "continuation", "value"))
+
+
+def test_tabs_dream_apart_restart_and_are_freed(ask):
+    first, second = (ask("/start", {})[1]["session"] for _ in range(2))
+    for frame in (1, 2, 3):
+        assert ask("/step", STILL | {"session": first})[1]["frame"] == frame
+    assert ask("/step", STILL | {"session": second})[1]["frame"] == 1
+    again = ask("/start", {"session": first})[1]
+    assert again["frame"] == 0 and ask("/step", STILL | {"session": first})[0] == 410      # the old dream is gone
+    assert ask("/stop", {"session": second})[0] == 200
+    assert ask("/step", STILL | {"session": second})[0] == 410
+
+
+@pytest.mark.parametrize("status, path, body, method, headers", [
+    (403, "/", None, "GET", {"Host": "evil.example"}), (403, "/start", {}, "POST", {"Origin": "http://evil.example"}),
+    (403, "/start", {}, "POST", {"Origin": "null"}), (404, "/etc/passwd", None, "GET", {}), (404, "/x", {}, "POST", {}),
+    (501, "/start", {}, "PUT", {}), (400, "/step", "not json", "POST", {}), (400, "/step", [1], "POST", {}),
+    (400, "/step", {"session": "x"}, "POST", {}), (410, "/step", STILL | {"session": "x"}, "POST", {}),
+    (400, "/start", "x" * 2000, "POST", {}), (400, "/stop", {"session": [1]}, "POST", {})])
+def test_strangers_and_nonsense_are_refused(ask, status, path, body, method, headers):
+    assert ask(path, body, method, **headers)[0] == status
+
+
+@pytest.mark.parametrize("wrong", [{"k": 3}, {"k": 64}, {"x": 2}, {"y": "up"}, {"digit": "x"}])
+def test_steps_that_make_no_sense_are_refused_and_the_dream_goes_on(ask, wrong):
+    session = ask("/start", {})[1]["session"]
+    assert ask("/step", STILL | {"session": session} | wrong)[0] == 400
+    assert ask("/step", STILL | {"session": session})[1]["frame"] == 1
+    ask("/stop", {"session": session})
+
+
+def test_a_port_forward_may_change_the_port_but_not_the_host(ask):
+    headers = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}
+    assert ask("/start", {}, **headers)[0] == 200
