@@ -1582,3 +1582,19 @@ def test_steps_that_make_no_sense_are_refused_and_the_dream_goes_on(ask, wrong):
 def test_a_port_forward_may_change_the_port_but_not_the_host(ask):
     headers = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}
     assert ask("/start", {}, **headers)[0] == 200
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The README
+
+def test_the_code_of_the_readme_runs_and_its_episode_is_one(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (Path(train.__file__).parent / "README.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    (tmp_path / "runs/mine/data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        names = {"frames": np.zeros((9, 64, 64, 3), np.uint8), "actions": np.full((9, 2), -1, np.int16),
+                 "rewards": np.zeros(9, np.float32)}
+        exec(block, names)
+    [path] = tmp_path.rglob("*.npz")
+    assert len(train.load_episode(path, train.TrainConfig())["frames"]) == 9
