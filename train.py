@@ -828,8 +828,8 @@ def train_agent(run):
     predicted, real = predict_rewards(agent, data.held_out)
     corr = correlation(predicted, real)
     say(f"[agent] health: {data.nonzero_share:.1%} of the rewards are not zero, {data.reward_share:.1%} differ from "
-        f"the usual {data.usual_reward:.3g}, spread {data.reward_std:.3g}; predicted rewards on held-out episodes: spread {predicted.std():.3g}, "
-        f"correlation {corr:.3f}")
+        f"the usual {data.usual_reward:.3g}, spread {data.reward_std:.3g}; predicted rewards on held-out episodes: "
+        f"spread {predicted.std():.3g}, correlation {corr:.3f}")
     if data.reward_std < 1e-6:
         say("[agent] WARNING: all rewards are equal: the reward head has nothing to learn, and imagination will "
             "have no good or bad actions. Phases 2 and 3 then only clone behaviour; bring data with rewards")
@@ -845,8 +845,9 @@ class Imagination(nn.Module):
 
     def __init__(self, agent):
         super().__init__()
-        self.policy_head, self.value_head = agent.policy_head.requires_grad_(True), agent.value_head.requires_grad_(True)
         self.frozen = (agent, frozen(agent.policy_head))               # in a tuple: not trained, not saved
+        self.policy_head = agent.policy_head.requires_grad_(True)
+        self.value_head = agent.value_head.requires_grad_(True)
 
     def forward(self, rollout, policy_weight):
         agent, prior = self.frozen
@@ -980,10 +981,9 @@ def open_loop(dynamics, token, z, actions, context, k):
 
 
 def windows(episodes, rng, count, length):
-    """Random windows of the episodes -> dict of arrays (count, length, ...); episodes of windows in turn."""
+    """Random windows of the episodes in turn -> dict of arrays (count, length, ...); shorter if all episodes are."""
+    length = min(length, max(len(e["frames"]) for e in episodes))
     long = [e for e in episodes if len(e["frames"]) >= length]
-    if not long:
-        fail(f"no episode has the {length} frames that this needs; collect longer ones or use a smaller --length")
     chosen = [(e, int(rng.integers(len(e["frames"]) - length + 1))) for e in (long * count)[:count]]
     return {name: np.stack([e[name][start:start + length] for e, start in chosen])
             for name in ("frames", "latents", "actions", "rewards")}
@@ -994,7 +994,6 @@ def write_dream(run, tokenizer, dynamics, token, episodes, path, context, length
     if not main_process():
         return
     torch.manual_seed(run.seed)
-    length = min(length, max(len(e["frames"]) for e in episodes))
     batch = windows(episodes, np.random.default_rng(run.seed), count, length)
     dreamed = decode(tokenizer, open_loop(dynamics, token, batch["latents"], batch["actions"], context, run.cfg.k))
     dreamed[:, :context, :2] = (255, 255, 255)
@@ -1081,13 +1080,14 @@ def evaluate(run, path):
                                           np.concatenate([discounted_returns(e["rewards"], cfg.gamma)
                                                           for e in episodes]))}
     batch = windows(episodes, np.random.default_rng(run.seed), 64, cfg.rollout_context + cfg.horizon)
-    start = {name: torch.as_tensor(batch[name][:, :cfg.rollout_context], device=run.device)
-             for name in ("latents", "actions")}
-    rollout = imagine(agent, start["latents"].float(), start["actions"], cfg.horizon, cfg.k)
+    length = batch["rewards"].shape[1]
+    context = min(cfg.rollout_context, length - 1)
+    start = [torch.as_tensor(batch[name][:, :context], device=run.device) for name in ("latents", "actions")]
+    rollout = imagine(agent, start[0].float(), start[1], length - context, cfg.k)
     results |= {"imagined_reward": float(rollout["rewards"].sum(1).mean()),
-                "real_reward": float(batch["rewards"][:, cfg.rollout_context:].sum(1).mean()),
+                "real_reward": float(batch["rewards"][:, context:].sum(1).mean()),
                 "wall_s": round(time.time() - began, 1)}
-    say(f"[evaluate] health: over {cfg.horizon} steps from the same frames the policy imagines "
+    say(f"[evaluate] health: over {length - context} steps from the same frames the policy imagines "
         f"{results['imagined_reward']:.2f} and really gets {results['real_reward']:.2f}")
     results = {name: round(value, 4) for name, value in results.items()}
     write_file(run.path("eval.json"), lambda file: file.write((json.dumps(results) + "\n").encode()))
