@@ -608,6 +608,13 @@ def adopt(run, state, path):
         setattr(run.cfg, name, saved[name])
 
 
+def compile_blocks(model):
+    """torch.compile for every transformer block: they share two graphs, so that compiling stays short."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(dynamic=False)
+
+
 class Loop:
     """A resumable training loop: for step in loop: loss = loop.train(...); loop.update(loss, metrics, frames).
 
@@ -638,8 +645,7 @@ class Loop:
                 optimizer.load_state_dict(saved)
             self.first = state["step"]
         if cfg.compile:
-            for block in blocks:
-                block.compile(dynamic=False)
+            compile_blocks(model)
         self.train = model
         if run.world > 1:
             self.train = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -728,7 +734,8 @@ def collect(run, policy_file=None):
     began, frames, returns = time.time(), 0, []
     for seed, episode in play(cfg, policy, seeds):
         episode.pop("values", None)
-        run.remember()
+        if not returns:
+            run.remember()
         write_file(name(seed), lambda file: np.savez_compressed(file, **episode))
         frames += len(episode["frames"])
         returns.append(float(episode["rewards"].sum()))
@@ -1286,9 +1293,8 @@ def bench(run):
     for name, frames, repeats, work in jobs:
         with FlopCounterMode(display=False) as counter:
             work()
-        for block in [*tokenizer.modules(), *dynamics.modules()] if cfg.compile and "training" in name else ():
-            if isinstance(block, Block) and block._compiled_call_impl is None:
-                block.compile(dynamic=False)
+        if cfg.compile and "training" in name:          # after the count, which compiled code would hide
+            compile_blocks(tokenizer if name.startswith("tokenizer") else dynamics)
         spent = seconds(work, repeats)
         results[name], results[f"{name}_share"] = frames / spent, counter.get_total_flops() / spent / peak
         say(f"[bench] {name}: {results[name]:.0f} frames/s, {results[f'{name}_share']:.0%} of the matmul rate, "
