@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -34,6 +36,7 @@ from dreamer4 import (Agent, Block, Cache, Config, Dream, Dynamics, LossNorm, To
                       pmpo_loss, ramp_weight, rope, sample_signal_and_step, shortcut_forcing_loss, symexp, symlog,
                       two_hot, two_hot_mean)
 
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)         # slow
 TINY = dict(image_size=(12, 20), action_spec=(3, 2), patch=8, latents=4, latent_channels=4, tokenizer_width=32,
             tokenizer_depth=4, tokenizer_heads=2, pack=2, width=32, depth=4, heads=4, kv_heads=2, registers=1,
             time_every=2, context=3, tokenizer_context=3, k_max=8, shortcut_every=2, head_width=32, bins=41,
@@ -770,6 +773,12 @@ def copied(finished, tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def only_with_m_slow(request):
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
+        pytest.skip("takes minutes; python -m pytest -m slow")
+
+
+@pytest.fixture(autouse=True)
 def signals():
     """main() handles signals: undo that."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -920,19 +929,32 @@ def fresh(finished, folder):
     return folder
 
 
-def test_a_killed_run_continues_as_if_nothing_had_happened(finished, tmp_path):
-    folder = fresh(finished, tmp_path / "run")
-    flags = (train.__file__, "--phase", "tokenizer", "--run", folder)
-    process = start(*flags, "--save_seconds", 0)
-    while not (folder / "tokenizer.pt").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    assert 0 < load(folder, "tokenizer.pt")["step"] < 30
-    process = start(*flags)
-    assert process.wait(60) == 0
-    assert not differences(load(folder, "tokenizer.pt"), load(finished, "tokenizer.pt"))
-    assert (folder / "tokenizer.png").read_bytes()
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_gives_the_same_bits(finished, tmp_path, kills):
+    folder, rng, phases = tmp_path / "run", np.random.default_rng(kills), []
+    lines = len((finished / "stdout").read_text().splitlines())
+    # a killed run does not get further than its last checkpoint, and every start prints anew: a few lines at a time
+    for _ in range(kills):
+        process = start("-u", train.__file__, *ALL, "--run", folder, "--save_seconds", 0)
+        wanted, printed = rng.integers(1, 2 + 2 * lines // kills), 0
+        while printed < wanted and (line := process.stdout.readline()):
+            printed += "finished before" not in line
+            phases.append(line.split("]")[0])
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        for path in folder.rglob("*.npz"):                                   # no episode is ever half there
+            train.load_episode(path, train.TrainConfig(**json.loads((folder / "config.json").read_text())["config"]))
+    process = start(train.__file__, *ALL, "--run", folder)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert kills < 20 or {"[collect", "[tokenizer", "[dynamics", "[agent", "[imagination"} <= set(phases)
+    for name in ("tokenizer.pt", "dynamics.pt", "agent.pt"):
+        assert not differences(load(folder, name), load(finished, name))
+    assert {path.name for path in folder.glob("*.*")} == {path.name for path in finished.glob("*.*")}
+    assert {path.name for path in folder.glob("data/*")} == {path.name for path in finished.glob("data/*")}
+    for seed, episode in read_episodes(finished).items():                    # no episode is lost, changed or there twice
+        assert all(np.array_equal(x, read_episodes(folder)[seed][name]) for name, x in episode.items())
 
 
 @pytest.fixture
@@ -1188,6 +1210,121 @@ def test_frames_that_action_repeat_skips_are_not_drawn_and_the_others_are_those_
             other[84:, :24] = 0
             assert np.array_equal(true, other)
     assert len({true.tobytes() for true, *_ in frames}) > 10
+
+
+class Old:
+    """A stand-in for MineRL and old gym: their classes are known by name only."""
+
+    class Discrete:
+        def __init__(self, n):
+            self.n = n
+
+    class Enum(Discrete):
+        def __init__(self, *values):
+            self.values, self.n = np.array(sorted(values)), len(values)
+
+    class Box:
+        def __init__(self, low, high, shape, dtype=np.float32):
+            self.low, self.high, self.shape, self.dtype = np.full(shape, low), np.full(shape, high), shape, np.dtype(dtype)
+
+    class Dict:
+        def __init__(self, **spaces):
+            self.spaces = spaces
+
+
+class Treechop:
+    """The spaces of MineRLObtainDiamond-v0, in part, and its interface; remembers what it was given."""
+    buttons = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
+    observation_space = Old.Dict(pov=Old.Box(0, 255, (64, 64, 3), np.uint8), inventory=Old.Dict())
+    action_space = Old.Dict(camera=Old.Box(-180, 180, (2,)), craft=Old.Enum("none", "torch", "stick", "planks"),
+                            **{name: Old.Discrete(2) for name in buttons})
+
+    def seed(self, seed):
+        self.seeded = seed
+
+    def look(self):
+        return {"pov": np.full((64, 64, 3), self.t, np.uint8), "inventory": {}}
+
+    def reset(self):
+        self.t, self.given = 0, []
+        return self.look()
+
+    def step(self, action):
+        assert set(action) == {*self.buttons, "camera", "craft"} and action["craft"] in ("none", "torch", "stick", "planks")
+        assert action["camera"].shape == (2,) and np.abs(action["camera"]).max() <= 10
+        assert all(action[name] in (0, 1) for name in self.buttons)
+        self.given.append(action)
+        self.t += 1
+        return self.look(), float(action["attack"]), self.t == 7, {"TimeLimit.truncated": self.seeded == 2}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def minerl(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gym", types.SimpleNamespace(make=lambda name: Treechop()))
+    monkeypatch.setitem(sys.modules, "minerl", types.ModuleType("minerl"))
+    return ticker(env="MineRLTreechop-v0", image_size=(64, 64), action_repeat=1,
+                  action_spec=(2, 2, 121, 4) + (2,) * 6)
+
+
+def stretched(camera):
+    """The μ-law of VPT: degrees -> bins as a float."""
+    x = np.clip(camera / 10, -1, 1)
+    return 5 + 5 * np.sign(x) * np.log(1 + 10 * np.abs(x)) / np.log(11)
+
+
+def test_minerl_has_a_camera_of_11_by_11_bins_items_by_name_and_the_old_interface(minerl):
+    env = train.PixelEnv(minerl)
+    sizes = train.action_sizes(json.loads(json.dumps(env.description)))
+    assert sizes == minerl.action_spec                                       # in the order of the names
+    rng = np.random.default_rng(0)
+    assert env.reset(seed=5)[0].tolist() == np.zeros((64, 64, 3)).tolist() and env.env.env.seeded == 5
+    for t in range(1, 8):
+        indices = rng.integers(0, sizes)
+        frame, reward, terminated, truncated, _ = env.step(indices)
+        action = env.env.env.given[-1]
+        assert (frame == t).all() and reward == action["attack"] and (terminated, truncated) == (t == 7, False)
+        assert train.to_indices(env.description, action).tolist() == indices.tolist()
+    camera = lambda a: train.to_indices(env.description, action | {"camera": np.array(a)})[sizes.index(121)]
+    for pitch, yaw in rng.normal(0, 6, (100, 2)):
+        assert camera([pitch, yaw]) == round(stretched(pitch)) * 11 + round(stretched(yaw))
+    assert camera([0, 0]) == 60 and camera([-180, 180]) == 10                # up (pitch) first, then sideways
+    assert_close(train.camera_angle(np.arange(6)), np.array([-10, -5.81, -3.22, -1.61, -0.62, 0]), atol=0.01, rtol=0)
+
+
+def test_minerl_is_played_into_episode_files(minerl):
+    for seed, e in train.play(minerl, train.RandomPolicy(minerl, 0), [1, 2]):
+        assert e["frames"].shape == (8, 64, 64, 3) and e["actions"].max() > 10
+        assert e["frames"][:, 0, 0, 0].tolist() == [*range(8)] and bool(e["terminal"]) == (seed != 2)
+
+
+def test_crafter_is_seeded_and_a_time_limit_is_no_death(monkeypatch):
+    class Crafter:
+        observation_space, action_space = Old.Box(0, 255, (64, 64, 3), np.uint8), Old.Discrete(17)
+        _seed, _episode = None, 3
+
+        def reset(self):
+            return np.full((64, 64, 3), self._seed + 10 * self._episode, np.uint8)
+
+        def step(self, action):
+            return np.zeros((64, 64, 3), np.uint8), 0.0, True, {"discount": 1.0 - action}
+
+    monkeypatch.setitem(sys.modules, "crafter", types.SimpleNamespace(Env=Crafter))
+    env = train.PixelEnv(ticker(env="CrafterReward-v1", action_repeat=1))
+    assert train.action_sizes(env.description) == (17,)
+    for seed, action in ((4, 0), (5, 1)):
+        assert (env.reset(seed=seed)[0] == seed).all()
+        assert env.step(np.array([action]))[2:4] == (action == 1, action == 0)
+
+
+@pytest.mark.parametrize("env, package", [("MineRLTreechop-v0", "pip install minerl"), ("CrafterReward-v1", "pip install crafter"),
+                                          ("ALE/Pong-v5", "pip install ale-py")])
+def test_a_missing_package_ends_in_its_pip_command(monkeypatch, capsys, env, package):
+    for name in ("gym", "crafter", "ale_py"):
+        monkeypatch.setitem(sys.modules, name, None)
+    error(capsys, lambda: train.make_env(ticker(env=env)), env, package)
 
 
 def random_actions(seed, T=400, count=8, **changes):

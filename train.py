@@ -7,7 +7,7 @@
     python train.py --phase agent                    # agent token: behaviour cloning, reward, continuation
     python train.py --phase imagination              # PMPO inside the dreams
     python train.py --phase evaluate --checkpoint runs/default/agent.pt
-    python train.py --phase dream                    # GIF: truth above, dream below, same actions
+    python train.py --phase dream --record dream.mp4 # truth above, dream below, same actions
     python train.py --phase play                     # drive in the dream, in a browser
     python train.py --phase bench                    # speed on this machine
     torchrun --nproc_per_node 2 train.py             # several GPUs or processes
@@ -67,6 +67,8 @@ class TrainConfig(Config):
     long_length: int = 32           # frames of a long one, T2: longer than the context C
     long_every: int = 4             # every n-th batch is long (and smaller: the same number of frames)
     rewarded_share: float = 0.3     # share of sequences drawn around a rewarded frame (agent phase, contexts)
+    recent_share: float = 0.5       # later rounds: share of sequences from the episodes of the newest round
+    memory_gb: float = 8.0          # frames to hold in memory; those of further episodes are read when needed
     tokenizer_batch: int = 8        # sequences per tokenizer step
     tokenizer_length: int = 8       # frames of a tokenizer sequence: more than tokenizer_context
     tokenizer_steps: int = 3000     # training steps of the tokenizer
@@ -138,14 +140,36 @@ def fail(message):
 
 # ---------------------------------------------------------------------------------------------------------
 # Actions: every space becomes a tuple of category counts. A space is described by plain JSON, which goes into
-# the checkpoint; the other functions need only that. A leaf is an array of low + index * step.
+# the checkpoint; the other functions need only that. A leaf is an array of low + index * step, a list of values,
+# or MineRL's camera: two angles that make one component of 11 * 11 categories.
+
+CAMERA_BINS, CAMERA_MAX, CAMERA_MU = 11, 10.0, 10.0             # VPT: degrees per step, fine near 0 (μ-law)
+
+
+def camera_angle(index):
+    """Bin of a camera axis in 0 ... 10 -> degrees in [-10, 10]."""
+    x = np.asarray(index) / (CAMERA_BINS - 1) * 2 - 1
+    return np.sign(x) * ((1 + CAMERA_MU) ** np.abs(x) - 1) / CAMERA_MU * CAMERA_MAX
+
+
+def camera_bin(angle):
+    """Degrees -> bin; what exceeds 10 degrees goes to the outer bins."""
+    x = np.clip(np.asarray(angle, float) / CAMERA_MAX, -1, 1)
+    x = np.sign(x) * np.log1p(CAMERA_MU * np.abs(x)) / np.log1p(CAMERA_MU)
+    return ((x + 1) / 2 * (CAMERA_BINS - 1)).round().astype(int)
+
 
 def describe(space, bins):
     """Gymnasium action space -> nested dict; Box dimensions become `bins` values with both ends included."""
     if isinstance(space, (gym.spaces.Tuple, gym.spaces.Dict)):
         named = isinstance(space, gym.spaces.Dict)
         keys = list(space.spaces) if named else range(len(space.spaces))
-        return {"keys": list(keys), "parts": [describe(space[key], bins) for key in keys], "named": named}
+        camera = lambda key: key == "camera" and space[key].shape == (2,)
+        return {"keys": list(keys), "named": named,
+                "parts": [{"camera": True, "sizes": CAMERA_BINS ** 2} if camera(key) else describe(space[key], bins)
+                          for key in keys]}
+    if hasattr(space, "values"):                                                # MineRL's Enum: names of items
+        return {"values": [str(value) for value in space.values], "sizes": len(space.values)}
     if isinstance(space, gym.spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
         low, step, sizes = space.low, (space.high.astype(float) - space.low) / (bins - 1), np.full(space.shape, bins)
         while (far := low + (bins - 1) * step > space.high).any():              # rounding: not an ulp too far
@@ -175,6 +199,10 @@ def to_action(description, indices):
         ends = np.cumsum([len(action_sizes(part)) for part in description["parts"]])
         actions = [to_action(part, piece) for part, piece in zip(description["parts"], np.split(indices, ends[:-1]))]
         return dict(zip(description["keys"], actions)) if description["named"] else tuple(actions)
+    if "values" in description:
+        return description["values"][int(indices[0])]
+    if "camera" in description:
+        return camera_angle(divmod(int(indices[0]), CAMERA_BINS)).astype(np.float32)
     low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
     action = (low + np.reshape(indices, sizes.shape) * step).astype(description["dtype"])
     return action if sizes.shape else action[()]
@@ -185,6 +213,10 @@ def to_indices(description, action):
     if "parts" in description:
         return np.concatenate([to_indices(part, action[key])
                                for key, part in zip(description["keys"], description["parts"])])
+    if "values" in description:
+        return np.array([description["values"].index(str(action))], np.int16)
+    if "camera" in description:
+        return np.array([camera_bin(action) @ (CAMERA_BINS, 1)], np.int16)
     low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
     index = (np.asarray(action, float) - low) / np.where(step == 0, 1, step)
     return index.round().clip(0, sizes - 1).astype(np.int16).ravel()
@@ -193,16 +225,70 @@ def to_indices(description, action):
 # ---------------------------------------------------------------------------------------------------------
 # Environment
 
+class OldGym(gym.Env):
+    """An environment from before Gymnasium (MineRL, Crafter): reset() gives the observation, step() four values."""
+
+    def __init__(self, env):
+        self.env, self.action_space = env, self.modern(env.action_space)
+        picture = getattr(env.observation_space, "spaces", {}).get("pov", env.observation_space)
+        self.observation_space = gym.spaces.Box(0, 255, tuple(picture.shape), np.uint8)
+
+    def modern(self, space):
+        """The same action space in Gymnasium's classes; only names tell what the old one is."""
+        kind = type(space).__name__.removesuffix("Space")
+        if kind == "Dict":
+            return gym.spaces.Dict({name: self.modern(part) for name, part in space.spaces.items()})
+        if kind == "Box":
+            return gym.spaces.Box(space.low, space.high, space.shape, space.dtype)
+        if kind not in ("Discrete", "Enum"):
+            fail(f"action space {space} is not supported for environments of the old interface")
+        new = gym.spaces.Discrete(int(space.n))
+        if kind == "Enum":
+            new.values = space.values
+        return new
+
+    def reset(self, seed=None, options=None):
+        if seed is not None and hasattr(self.env, "seed"):
+            self.env.seed(seed)
+        elif seed is not None:
+            self.env._seed, self.env._episode = seed, 0                       # Crafter has no other way
+        observation = self.env.reset()
+        return observation["pov"] if isinstance(observation, dict) else observation, {}
+
+    def step(self, action):
+        observation, reward, done, info = self.env.step(action)
+        cut = done and (info.get("TimeLimit.truncated", False) or info.get("discount", 0) > 0)
+        frame = observation["pov"] if isinstance(observation, dict) else observation
+        return frame, reward, done and not cut, cut, info
+
+    def close(self):
+        getattr(self.env, "close", lambda: None)()
+
+
 def make_env(cfg):
     """The bare environment of --env. CarRacing gets gas and brake on one axis: action (steer, pedal) in [-1, 1]."""
-    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")                     # headless
+    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):            # headless
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    family = next((name for name in ("MineRL", "Crafter", "ALE/") if cfg.env.startswith(name)), None)
     try:
-        env = gym.make(cfg.env, render_mode="rgb_array", disable_env_checker=True)
+        if family == "MineRL":
+            import gym as old_gym
+            import minerl                                                     # registers its environments
+            env = OldGym(old_gym.make(cfg.env))
+        elif family == "Crafter":
+            import crafter
+            env = OldGym(crafter.Env())
+        else:
+            name = f"ale_py:{cfg.env}" if family == "ALE/" else cfg.env       # registered by importing ale_py
+            env = gym.make(name, render_mode="rgb_array", disable_env_checker=True)
     except gym.error.DependencyNotInstalled as error:
         fail(f"--env {cfg.env}: {error}")
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env {cfg.env}: {error} (pip install what it needs, or see gymnasium.envs.registry for the ids)")
+    except ImportError as error:
+        package = {"MineRL": "minerl (it needs Java 8)", "Crafter": "crafter", "ALE/": "ale-py"}.get(family, error.name)
+        fail(f"--env {cfg.env} is not installed ({error}); run: pip install {package}")
+    except gym.error.Error as error:
+        fail(f"--env {cfg.env}: {error} (gymnasium.envs.registry lists the ids)")
     if cfg.env.startswith("CarRacing") and isinstance(env.action_space, gym.spaces.Box):
         pedals = lambda a: np.array([a[0], max(a[1], 0), max(-a[1], 0)], np.float32)
         env = gym.wrappers.TransformAction(env, pedals, gym.spaces.Box(-1, 1, (2,), np.float32))
@@ -349,7 +435,7 @@ def write_file(path, write):
     """Writes to a temporary name, then renames: a file is there as a whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")                 # of a killed run: the next one writes over it
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -363,11 +449,22 @@ def write_file(path, write):
              "Free some space and give the same command again")
 
 
+class Episode(dict):
+    """The arrays of one episode; frames that memory has no room for are deleted here, and read when asked for."""
+
+    def __init__(self, arrays, path, cfg):
+        super().__init__(arrays)
+        self.path, self.cfg = path, cfg
+
+    def __missing__(self, name):
+        return load_episode(self.path, self.cfg)[name]
+
+
 def load_episode(path, cfg):
     """Reads and checks one episode file; the format is in the README."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            episode = {name: file[name] for name in ("frames", "actions", "rewards", "terminal")}
+            episode = Episode({name: file[name] for name in ("frames", "actions", "rewards", "terminal")}, path, cfg)
     except Exception as error:
         fail(f"episode file {path} is damaged or no episode ({error}); delete it or make it again")
     T, A = episode["rewards"].size, len(cfg.action_spec)
@@ -386,21 +483,31 @@ def load_episode(path, cfg):
 
 
 class Data:
-    """All episodes of a run in memory. Every tenth is held out and never trains anything."""
+    """All episodes of a run. Every tenth is held out and never trains anything.
 
-    def __init__(self, cfg, folder):
+    The last `recent` ones, in the order of their names, are those of the newest round.
+    """
+
+    def __init__(self, cfg, folder, recent=0):
         self.cfg, self.paths = cfg, sorted(Path(folder).glob("*.npz"))
         if len(self.paths) < 2:
             fail(f"{folder} holds {len(self.paths)} episodes, at least 2 are needed; "
                  "run: python train.py --phase collect (with the same --run)")
-        self.episodes = [load_episode(path, cfg) for path in self.paths]
+        self.episodes, room = [], cfg.memory_gb * 1e9
+        for path in self.paths:
+            check_stop()
+            episode = load_episode(path, cfg)
+            room -= episode["frames"].nbytes
+            if room < 0:
+                del episode["frames"]
+            self.episodes.append(episode)
         self.held_out = [e for i, e in enumerate(self.episodes) if i % 10 == 0]
         self.train = [e for i, e in enumerate(self.episodes) if i % 10]
+        self.recent = {id(e) for e in self.episodes[len(self.episodes) - recent:]}
         rewards = np.concatenate([e["rewards"][1:] for e in self.train])
         self.usual_reward = float(np.median(rewards))             # in many tasks every step costs a little
         self.reward_share = float((np.abs(rewards - self.usual_reward) > 1e-3).mean())
         self.reward_std, self.nonzero_share = float(rewards.std()), float((rewards != 0).mean())
-        self.frames = sum(len(e["frames"]) for e in self.train)
 
     def encode(self, tokenizer, folder):
         """Gives every episode its latents (T, N, Z) float16: streamed once, then read from the folder.
@@ -414,12 +521,12 @@ class Data:
             check_stop()
             cached = folder / f"{path.stem}.npy"
             try:
-                episode["latents"] = np.load(cached, allow_pickle=False)
-                assert len(episode["latents"]) == len(episode["frames"])
+                episode["latents"] = np.load(cached, mmap_mode="r", allow_pickle=False)
+                assert len(episode["latents"]) == len(episode["rewards"])
                 assert cached.stat().st_mtime >= path.stat().st_mtime
             except (OSError, ValueError, EOFError, AssertionError):                  # not there, or damaged
                 episode["latents"] = encode(tokenizer, episode["frames"])
-                count += len(episode["frames"])
+                count += len(episode["rewards"])
                 if main_process():
                     write_file(cached, lambda file: np.save(file, episode["latents"]))
         if count:
@@ -428,25 +535,29 @@ class Data:
     def sample(self, rng, B, T, names, rewarded_share=0.0):
         """B random windows of T frames from training episodes -> arrays (B, T, ...), continues included.
 
-        A rewarded_share of the windows contains a frame whose reward is unusual.
+        A rewarded_share of the windows contains a frame whose reward is unusual; in later rounds recent_share of
+        them come from the newest episodes, besides those that chance takes from there.
         """
-        long = [e for e in self.train if len(e["frames"]) >= T]
+        long = [e for e in self.train if len(e["rewards"]) >= T]
         if not long:
             fail(f"no training episode has {T} frames; use shorter sequences (--long_length, --tokenizer_length) "
                  "or collect more")
-        chances = np.array([len(e["frames"]) - T + 1 for e in long], float)
+        chances = np.array([len(e["rewards"]) - T + 1 for e in long], float)
+        recent = chances * [id(e) in self.recent for e in long]
+        if recent.any():
+            chances = (1 - self.cfg.recent_share) * chances / chances.sum() + self.cfg.recent_share * recent / recent.sum()
         windows = []
         for index in rng.choice(len(long), B, p=chances / chances.sum()):
             episode = long[index]
-            start = rng.integers(len(episode["frames"]) - T + 1)
+            start = rng.integers(len(episode["rewards"]) - T + 1)
             special = np.flatnonzero(np.abs(episode["rewards"][1:] - self.usual_reward) > 1e-3) + 1
             if rng.random() < rewarded_share and len(special):
-                start = np.clip(rng.choice(special) - rng.integers(T), 0, len(episode["frames"]) - T)
+                start = np.clip(rng.choice(special) - rng.integers(T), 0, len(episode["rewards"]) - T)
             windows.append((episode, slice(start, start + T)))
         batch = {name: np.stack([e[name][window] for e, window in windows]) for name in names}
         continues = np.ones((B, T), np.float32)
         for row, (e, window) in enumerate(windows):
-            continues[row, -1] = not (e["terminal"] and window.stop == len(e["frames"]))
+            continues[row, -1] = not (e["terminal"] and window.stop == len(e["rewards"]))
         return batch | {"continues": continues}
 
 
@@ -590,7 +701,7 @@ class Run:
                 file.write(json.dumps({"phase": phase, "round": self.round, **numbers}) + "\n")
 
     def data(self):
-        return Data(self.cfg, self.path("data"))
+        return Data(self.cfg, self.path("data"), self.cfg.round_episodes if self.round else 0)
 
 
 def adopt(run, state, path):
@@ -656,6 +767,7 @@ class Loop:
     def __iter__(self):
         self.began = self.told = self.saved = time.time()
         self.frames = 0
+        self.step = self.first - 1
         for self.step in range(self.first, self.steps):
             self.rng = self.run.seeded(self.phase, self.step)
             yield self.step
@@ -747,9 +859,9 @@ def collect(run, policy_file=None):
                     return_mean=float(np.mean(returns)))
 
 
-def finished(phase, state, steps):
-    """Whether a checkpoint (or None) has all steps of the phase."""
-    done = state is not None and state["step"] >= steps
+def finished(phase, state, steps, picture=None):
+    """Whether a checkpoint (or None) has all steps of the phase, and the phase its picture."""
+    done = state is not None and state["step"] >= steps and (picture is None or picture.exists())
     if done:
         say(f"[{phase}] finished before, at step {state['step']}")
     return done
@@ -757,7 +869,7 @@ def finished(phase, state, steps):
 
 def train_tokenizer(run):
     cfg, state = run.cfg, run.load("tokenizer.pt")
-    if finished("tokenizer", state, cfg.tokenizer_steps):
+    if finished("tokenizer", state, cfg.tokenizer_steps, run.path("tokenizer.png")):
         return
     data = run.data()
     run.seeded("tokenizer")
@@ -785,10 +897,9 @@ def sequence_shapes(cfg, step):
 
 def train_dynamics(run):
     cfg, state = run.cfg, run.load("dynamics.pt")
-    tokenizer = load_tokenizer(run)
-    if finished("dynamics", state, cfg.dynamics_steps):
+    if finished("dynamics", state, cfg.dynamics_steps, run.path("dynamics.gif")):
         return
-    data = run.data()
+    data, tokenizer = run.data(), load_tokenizer(run)
     data.encode(tokenizer, run.folder)
     run.seeded("dynamics")
     model = Dynamics(model_config(cfg))
@@ -800,7 +911,7 @@ def train_dynamics(run):
         with run.autocast():
             loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch)
         loop.update(loss, metrics, B * T)
-    write_dream(run, tokenizer, run.use(loop.ema), None, data.held_out, run.path("dynamics.gif"), 4, 32)
+    write_dream(run, tokenizer, Dream(run.use(loop.ema), k=cfg.k), data.held_out, run.path("dynamics.gif"), 4, 32)
     say(f"[dynamics] dream beside the truth: {run.path('dynamics.gif')}")
 
 
@@ -809,10 +920,9 @@ def train_agent(run):
     cfg, state = run.cfg, run.load("agent.pt")
     here = state is not None and (state["round"], state["phase"]) == (run.round, "agent")
     later = state is not None and not here and state["round"] >= run.round    # phase 3 of this round, or a later round
-    if later or finished("agent", state if here else None, cfg.agent_steps):
+    if later or finished("agent", state if here else None, cfg.agent_steps, run.path("agent.gif")):
         return
-    tokenizer = load_tokenizer(run)
-    data = run.data()
+    data, tokenizer = run.data(), load_tokenizer(run)
     data.encode(tokenizer, run.folder)
     run.seeded("agent")
     model = Agent(model_config(cfg))
@@ -844,7 +954,7 @@ def train_agent(run):
         say("[agent] WARNING: the reward head has collapsed to a constant; try more --agent_steps or a larger "
             "--rewarded_share")
     run.log("agent", reward_corr=corr, reward_share=data.reward_share)
-    write_dream(run, tokenizer, agent.dynamics, agent.task.weight[0], data.held_out, run.path("agent.gif"), 4, 32)
+    write_dream(run, tokenizer, agent.dream(cfg.k), data.held_out, run.path("agent.gif"), 4, 32)
 
 
 class Imagination(nn.Module):
@@ -967,7 +1077,7 @@ def predict_rewards(agent, episodes, chunk=32):
     for episode in episodes:
         dream = agent.dream(k=1)
         pieces = []
-        for t in range(0, len(episode["frames"]), chunk):
+        for t in range(0, len(episode["rewards"]), chunk):
             z, actions = (torch.as_tensor(episode[name][None, t:t + chunk], device=device)
                           for name in ("latents", "actions"))
             pieces.append(agent.reward(dream.observe(z.float(), actions))[0].cpu().numpy())
@@ -977,42 +1087,51 @@ def predict_rewards(agent, episodes, chunk=32):
 
 
 @torch.no_grad()
-def open_loop(dynamics, token, z, actions, context, k):
-    """Dreams on from the first `context` frames of z (B, T, N, Z) with the actions (B, T, A) -> (B, T, N, Z)."""
-    device = next(dynamics.parameters()).device
+def open_loop(dream, z, actions, context, agent=None, length=0):
+    """Dreams on from the first `context` frames of z (B, T, N, Z) with the actions (B, T, A) -> (B, T, N, Z).
+
+    Up to `length` frames, if that is more than T, the agent acts in its dream from then on.
+    """
+    device = next(dream.dynamics.parameters()).device
     z, actions = torch.as_tensor(z, device=device).float(), torch.as_tensor(actions, device=device)
-    dream = Dream(dynamics, token, k)
-    dream.reset(z[:, :context], actions[:, :context])
-    frames = [dream.step(actions[:, t])[0] for t in range(context, actions.shape[1])]
-    return torch.cat((z[:, :context], torch.stack(frames, 1)), 1)
+    h, frames = dream.reset(z[:, :context], actions[:, :context]), list(z[:, :context].unbind(1))
+    for t in range(context, max(length, actions.shape[1])):
+        check_stop()
+        z, h = dream.step(actions[:, t] if t < actions.shape[1] else agent.sample(agent.policy(h)))
+        frames.append(z)
+    return torch.stack(frames, 1)
 
 
 def windows(episodes, rng, count, length):
     """Random windows of the episodes in turn -> dict of arrays (count, length, ...); shorter if all episodes are."""
-    length = min(length, max(len(e["frames"]) for e in episodes))
-    long = [e for e in episodes if len(e["frames"]) >= length]
-    chosen = [(e, int(rng.integers(len(e["frames"]) - length + 1))) for e in (long * count)[:count]]
+    length = min(length, max(len(e["rewards"]) for e in episodes))
+    long = [e for e in episodes if len(e["rewards"]) >= length]
+    chosen = [(e, int(rng.integers(len(e["rewards"]) - length + 1))) for e in (long * count)[:count]]
     return {name: np.stack([e[name][start:start + length] for e, start in chosen])
             for name in ("frames", "latents", "actions", "rewards")}
 
 
-def write_dream(run, tokenizer, dynamics, token, episodes, path, context, length, count=4):
-    """GIF: truth above, dream below, same actions; a bar marks the frames that were given as context."""
+def write_dream(run, tokenizer, dream, episodes, path, context, length, agent=None, count=4):
+    """Video: truth above, dream below, same actions; a bar marks the frames that were given as context.
+
+    Where the truth ends the agent goes on, below a black picture.
+    """
     if not main_process():
         return
     torch.manual_seed(run.seed)
     batch = windows(episodes, np.random.default_rng(run.seed), count, length)
-    dreamed = decode(tokenizer, open_loop(dynamics, token, batch["latents"], batch["actions"], context, run.cfg.k))
+    dreamed = decode(tokenizer, open_loop(dream, batch["latents"], batch["actions"], context, agent, length))
     dreamed[:, :context, :2] = (255, 255, 255)
-    rows = [np.concatenate(list(part), 2) for part in (batch["frames"], dreamed)]
-    write_video(path, np.concatenate(rows, 1))
+    truth = np.zeros_like(dreamed)
+    truth[:, :batch["frames"].shape[1]] = batch["frames"]
+    write_video(path, np.concatenate([np.concatenate(list(part), 2) for part in (truth, dreamed)], 1))
 
 
 def write_video(path, frames, scale=2, fps=12):
-    """frames (T, H, W, 3) uint8 -> an endless GIF."""
-    frames = frames.repeat(scale, 1).repeat(scale, 2)
-    write_file(path, lambda file: file.write(
-        imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)))
+    """frames (T, H, W, 3) uint8 -> an endless GIF, or an MP4, by the name of the file."""
+    kind, frames = Path(path).suffix, frames.repeat(scale, 1).repeat(scale, 2)
+    options = dict(duration=1000 / fps, loop=0) if kind == ".gif" else dict(fps=fps, macro_block_size=2)
+    write_file(path, lambda file: file.write(imageio.imwrite("<bytes>", frames, extension=kind, **options)))
 
 
 def held_out_episodes(run, tokenizer):
@@ -1034,7 +1153,7 @@ def dream_metrics(run, tokenizer, agent, episodes, context=4, ahead=16, count=32
     rng = np.random.default_rng(run.seed)
     batch = windows(episodes, rng, count, context + ahead)
     truth = batch["frames"][:, context:]
-    dream = lambda actions: open_loop(agent.dynamics, None, batch["latents"], actions, context, run.cfg.k)
+    dream = lambda actions: open_loop(Dream(agent.dynamics, k=run.cfg.k), batch["latents"], actions, context)
     score = lambda z: psnr(decode(tokenizer, z)[:, context:], truth)
     z = dream(batch["actions"])
     other = np.roll(batch["actions"], 1, 0)                               # another episode's actions, same contexts
@@ -1054,7 +1173,18 @@ def discounted_returns(rewards, gamma):
     return returns
 
 
-def evaluate(run, path):
+def values_and_returns(episode, cfg):
+    """What the value head expected and the discounted return that came, at every frame whose return is known.
+
+    A time limit cuts returns off, which the value cannot see coming: two horizons 1 / (1 - γ) before it, at most
+    half of the episode, are left out.
+    """
+    T = len(episode["rewards"])
+    known = T if episode["terminal"] else T - min(round(2 / max(1 - cfg.gamma, 1e-6)), T // 2)
+    return episode["values"][:known], discounted_returns(episode["rewards"], cfg.gamma)[:known]
+
+
+def evaluate(run, path, video):
     """Policy, cloned policy and random policy on the same unseen seeds; the model on held-out episodes."""
     began, cfg = time.time(), run.cfg
     tokenizer, agent, cloned = load_agent(run, path)
@@ -1083,9 +1213,7 @@ def evaluate(run, path):
                                                  for e in held_out])),
                 **dream_metrics(run, tokenizer, agent, held_out),
                 "reward_corr": correlation(*predict_rewards(agent, held_out)),
-                "value_corr": correlation(np.concatenate([e["values"] for e in episodes]),
-                                          np.concatenate([discounted_returns(e["rewards"], cfg.gamma)
-                                                          for e in episodes]))}
+                "value_corr": correlation(*map(np.concatenate, zip(*[values_and_returns(e, cfg) for e in episodes])))}
     batch = windows(episodes, np.random.default_rng(run.seed), 64, cfg.rollout_context + cfg.horizon)
     length = batch["rewards"].shape[1]
     context = min(cfg.rollout_context, length - 1)
@@ -1102,15 +1230,16 @@ def evaluate(run, path):
             for name, pairs in played.items() for seed, e in pairs]
     text = "policy,seed,return,length\n" + "".join(f"{n},{s},{r:.3f},{t}\n" for n, s, r, t in rows)
     write_file(run.path("episodes.csv"), lambda file: file.write(text.encode()))
-    write_video(run.path("policy.gif"), np.concatenate([e["frames"] for e in episodes[:1]]), fps=20)
+    shown = episodes[0]
+    write_video(video, np.concatenate((shown["frames"], decode(tokenizer, shown["latents"][None])[0]), 2), fps=20)
     say(json.dumps(results))
 
 
-def dream(run, path, length):
+def dream(run, path, length, video):
     tokenizer, agent, _ = load_agent(run, path)
     episodes = held_out_episodes(run, tokenizer)
-    write_dream(run, tokenizer, agent.dynamics, None, episodes, run.path("dream.gif"), 4, length)
-    say(f"[dream] {run.path('dream.gif')}: truth above, dream below, same actions")
+    write_dream(run, tokenizer, agent.dream(run.cfg.k), episodes, video, 4, length, agent)
+    say(f"[dream] {video}: truth above, dream below, same actions; the policy goes on where the truth ends")
 
 
 class Player:
@@ -1321,8 +1450,8 @@ def run_all(run):
         train_imagination(run)
     result, agent = run.path("eval.json"), run.path("agent.pt")
     if main_process() and not (result.exists() and result.stat().st_mtime > agent.stat().st_mtime):
-        dream(run, agent, 48)
-        evaluate(run, agent)
+        dream(run, agent, 48, run.path("dream.gif"))
+        evaluate(run, agent, run.path("policy.gif"))
 
 
 def wait():
@@ -1355,7 +1484,9 @@ def parse(arguments):
     parser.add_argument("--checkpoint", help="agent.pt to evaluate, dream with or play")
     parser.add_argument("--policy", help="collect: checkpoint of the policy that acts")
     parser.add_argument("--episodes", type=int, help="episodes to collect or to evaluate on")
-    parser.add_argument("--length", type=int, default=48, help="frames of the dream's GIF")
+    parser.add_argument("--length", type=int, default=48, help="frames of the dream's video")
+    parser.add_argument("--record", nargs="?", metavar="FILE", help="evaluate, dream: the video to write, .gif or "
+                        ".mp4, default RUN/policy.gif and RUN/dream.gif")
     parser.add_argument("--port", type=int, default=8000, help="port of the page to play on")
     fields = parser.add_argument_group("config")
     comments = {}
@@ -1376,6 +1507,8 @@ def main(arguments=None):
                       "eval_episodes": args.episodes}
     if args.length < 5:
         fail("--length must be at least 5: four frames are context")
+    if args.record and Path(args.record).suffix not in (".gif", ".mp4"):
+        fail(f"--record {args.record}: the name of a video ends in .gif or .mp4")
     if (args.seed or 0) < 0:
         fail("--seed must not be negative")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1426,8 +1559,10 @@ def main(arguments=None):
     began = time.time()
     {"collect": lambda: collect(run, args.policy), "tokenizer": lambda: train_tokenizer(run),
      "dynamics": lambda: train_dynamics(run), "agent": lambda: train_agent(run),
-     "imagination": lambda: train_imagination(run), "evaluate": lambda: evaluate(run, path),
-     "dream": lambda: dream(run, path, args.length), "play": lambda: serve(run, path, args.port),
+     "imagination": lambda: train_imagination(run),
+     "evaluate": lambda: evaluate(run, path, args.record or run.path("policy.gif")),
+     "dream": lambda: dream(run, path, args.length, args.record or run.path("dream.gif")),
+     "play": lambda: serve(run, path, args.port),
      "all": lambda: run_all(run)}[args.phase]()
     if args.phase not in ("evaluate", "all"):                             # their last line is the result as JSON
         say(f"[{args.phase}] done in {(time.time() - began) / 60:.1f} min")
