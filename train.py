@@ -111,7 +111,8 @@ PRESETS = {
                  episode_frames=40, envs=2, collect_episodes=6, batch_size=4, short_length=6, long_length=12,
                  tokenizer_batch=4, tokenizer_steps=30, dynamics_steps=30, agent_steps=20, imagination_steps=6,
                  rollouts=4, rollout_context=4, horizon=4, value_steps=2, warmup=10, eval_episodes=2),
-    "cpu": dict(patch=16, tokenizer_width=256, tokenizer_heads=4, pack=4, rounds=2),
+    "cpu": dict(patch=16, tokenizer_width=128, tokenizer_heads=4, width=192, head_width=128, pack=4, gamma=0.98,
+                beta=0.05, collect_episodes=160, round_episodes=60, rounds=3),
     "gpu": dict(image_size=(96, 96), tokenizer_width=384, tokenizer_depth=6, latents=32, width=512, depth=12,
                 heads=8, kv_heads=2, registers=4, context=32, batch_size=64, short_length=24, long_length=64,
                 tokenizer_batch=32, tokenizer_steps=20000, dynamics_steps=40000, agent_steps=10000,
@@ -771,11 +772,12 @@ class Loop:
         for self.step in range(self.first, self.steps):
             self.rng = self.run.seeded(self.phase, self.step)
             yield self.step
-            stop = torch.tensor(float(bool(STOP)), device=self.run.device)
-            if self.run.world > 1:
-                dist.all_reduce(stop)
+            flags = torch.tensor([bool(STOP), time.time() - self.saved > self.run.cfg.save_seconds], device=self.run.device)
+            if self.run.world > 1:                                           # all processes stop and save together
+                dist.all_reduce(flags, dist.ReduceOp.MAX)
+            stop, due = flags.tolist()
             stop = stop and self.step + 1 < self.steps                      # else the phase writes its picture first
-            if stop or time.time() - self.saved > self.run.cfg.save_seconds:
+            if stop or due:
                 self.save()
             if stop:
                 STOP.append("elsewhere")
@@ -787,6 +789,7 @@ class Loop:
                       optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                       **{name: module.state_dict() for name, module in zip(self.names, (self.model, self.ema))},
                       **self.kept)
+        wait()                                      # no process reads the checkpoint before it is there
         self.saved = time.time()
 
     def update(self, loss, metrics, frames=0):
@@ -1090,12 +1093,12 @@ def predict_rewards(agent, episodes, chunk=32):
 def open_loop(dream, z, actions, context, agent=None, length=0):
     """Dreams on from the first `context` frames of z (B, T, N, Z) with the actions (B, T, A) -> (B, T, N, Z).
 
-    Up to `length` frames, if that is more than T, the agent acts in its dream from then on.
+    With an agent the dream has at least `length` frames: it acts where the actions end.
     """
     device = next(dream.dynamics.parameters()).device
     z, actions = torch.as_tensor(z, device=device).float(), torch.as_tensor(actions, device=device)
     h, frames = dream.reset(z[:, :context], actions[:, :context]), list(z[:, :context].unbind(1))
-    for t in range(context, max(length, actions.shape[1])):
+    for t in range(context, max(length if agent else 0, actions.shape[1])):
         check_stop()
         z, h = dream.step(actions[:, t] if t < actions.shape[1] else agent.sample(agent.policy(h)))
         frames.append(z)
