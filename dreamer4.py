@@ -39,7 +39,7 @@ Deliberate deviations from the paper, each with its reason:
 """
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -86,14 +86,13 @@ class Config:
     lam: float = 0.95               # λ of the returns (Dreamer 3; the paper gives none)
     alpha: float = 0.5              # PMPO: weight of the good set (paper)
     beta: float = 0.3               # PMPO: weight of the KL to the cloned prior (paper)
+    least = {"registers": 0, "bins": 2}             # not a field: smallest values of the integers, if not 1
 
     def __post_init__(self):
         self.image_size, self.action_spec = tuple(self.image_size), tuple(self.action_spec)
-        for name in ("patch", "latents", "latent_channels", "tokenizer_width", "tokenizer_depth", "tokenizer_heads",
-                     "tokenizer_context", "pack", "width", "depth", "heads", "kv_heads", "time_every", "context",
-                     "k_max", "shortcut_every", "tasks", "distances", "head_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config: {name} must be at least 1")
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < self.least.get(field.name, 1):
+                raise ValueError(f"config: {field.name} must be at least {self.least.get(field.name, 1)}")
         for ok, what in [
             (len(self.image_size) == 2 and min(self.image_size) > 0, "image_size must be height and width"),
             (len(self.action_spec) > 0 and min(self.action_spec) > 0, "action_spec must list category counts"),
@@ -105,7 +104,6 @@ class Config:
             (self.heads % self.kv_heads == 0, "heads must be a multiple of kv_heads"),
             (self.width // self.heads % 2 == 0 and self.tokenizer_width // self.tokenizer_heads % 2 == 0,
              "width / heads and tokenizer_width / tokenizer_heads must be even (RoPE)"),
-            (self.bins >= 2, "bins must be at least 2"),
             (0 <= self.context_signal <= 1, "context_signal must lie in [0, 1]"),
         ]:
             if not ok:

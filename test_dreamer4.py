@@ -907,6 +907,20 @@ def test_a_checkpoint_alone_is_enough_without_optimizer_in_half_precision(finish
     assert len(imageio.imread(tmp_path / "empty/dream.gif", index=None)) == 12
 
 
+def test_videos_are_as_long_as_asked_for_and_gif_or_mp4(copied, tmp_path):
+    gif, mp4 = tmp_path / "a.gif", tmp_path / "b.mp4"
+    main("--phase", "dream", "--run", copied, "--length", 9, "--record", gif)
+    main("--phase", "dream", "--run", copied, "--length", 70, "--record", mp4)           # the episodes have 40 frames
+    short, long = imageio.imread(gif), np.stack([*imageio.imiter(mp4, plugin="FFMPEG")])
+    assert short.shape == (9, 256, 512, 3) and long.shape == (70, 256, 512, 3)
+    assert long[-1, :120].max() < 20 and long[-1, 128:].std() > 5              # beyond the truth the dream goes on
+    main("--phase", "evaluate", "--run", copied, "--record", mp4)
+    frames = imageio.imread(mp4, plugin="FFMPEG")
+    assert frames.shape[1:] == (128, 256, 3)                                 # the real track, and its reconstruction
+    real, seen = frames[:, :, :128].astype(float), frames[:, :, 128:].astype(float)
+    assert 5 < np.abs(real - seen).mean() < 100                              # a tiny tokenizer sees something else
+
+
 def test_the_cloned_policy_is_the_one_before_imagination(copied):
     run = train.Run(copied, train.TrainConfig(**train.PRESETS["tiny"]), 0, None)
     _, agent, cloned = train.load_agent(run, copied / "agent.pt")
@@ -1059,7 +1073,7 @@ def test_two_processes_have_the_gradients_and_the_loss_curve_of_one_with_the_who
     (gradients, curves), (gradients2, curves2) = (load(tmp_path, name) for name in ("one.pt", "two.pt"))
     assert {name: len(curve) for name, curve in curves.items()} == {"tokenizer": 6, "dynamics": 6, "agent": 6}
     assert set(gradients) == set(curves) and all(gradients.values())
-    assert_close(gradients2, gradients, rtol=1e-3, atol=1e-6)
+    assert_close(gradients2, gradients, rtol=1e-3, atol=5e-6)
     assert_close(curves2, curves, rtol=2e-3, atol=1e-5)
 
 
@@ -1116,6 +1130,13 @@ def test_carracing_has_gas_and_brake_on_one_axis():
     assert env.action_space == Box(-1, 1, (2,), np.float32)
     assert [env.action(np.array(a)).tolist() for a in ([-1, 0.5], [1, -0.25], [0, 0])] == [
         [-1, 0.5, 0], [1, 0, 0.25], [0, 0, 0]]
+
+
+def test_carracing_may_be_discrete(capsys):
+    env = train.make_env(train.TrainConfig(env_kwargs='{"continuous": false}'))
+    assert env.action_space == Discrete(5)
+    for text in ("{", '{"bogus": 1}', "[1]"):
+        error(capsys, lambda: train.make_env(train.TrainConfig(env_kwargs=text)), "--env_kwargs")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1433,6 +1454,32 @@ def test_a_share_of_the_windows_holds_an_unusual_reward(tmp_path):
 
 
 @torch.no_grad()
+def test_later_rounds_draw_a_share_from_the_newest_episodes(tmp_path):
+    write_episodes(tmp_path, [30] * 40)
+    cfg = train.TrainConfig(**train.PRESETS["tiny"] | dict(image_size=(8, 8), action_spec=(9,), recent_share=0.5))
+    share = {}
+    for recent in (0, 4):
+        data = train.Data(cfg, tmp_path, recent)
+        newest = {id(e) for e in data.train[-4:]}
+        for e in data.train:
+            e["rewards"] = np.full(30, float(id(e) in newest), np.float32)
+        batch = data.sample(np.random.default_rng(0), 2000, 5, ["rewards"])
+        share[recent] = batch["rewards"][:, 0].mean()
+    assert share[0] == pytest.approx(4 / 36, abs=0.03) and share[4] == pytest.approx(0.5 + 0.5 * 4 / 36, abs=0.04)
+
+
+def test_data_larger_than_memory_gives_the_same_batches(tmp_path):
+    write_episodes(tmp_path, [9, 12, 30, 15])
+    cfg = dict(image_size=(8, 8), action_spec=(9,))
+    batches = []
+    for room in (8.0, 3e-6, 0.0):                                            # all, some or none of the frames
+        data = train.Data(train.TrainConfig(**train.PRESETS["tiny"] | cfg, memory_gb=room), tmp_path)
+        batches.append(data.sample(np.random.default_rng(0), 50, 6, ["frames", "actions", "rewards"]))
+        assert sum("frames" in e for e in data.episodes) == {8.0: 4, 3e-6: 1, 0.0: 0}[room]
+    for batch in batches[1:]:
+        assert all(np.array_equal(x, batch[name]) for name, x in batches[0].items())
+
+
 def test_an_episode_is_encoded_and_decoded_as_a_stream(T=9):
     tokenizer, frames = frozen(Tokenizer(config())), np.random.default_rng(0).integers(0, 256, (T, 12, 20, 3), np.uint8)
     images = torch.as_tensor(frames).permute(0, 3, 1, 2)[None] / 255
@@ -1492,7 +1539,8 @@ def error(capsys, work, *words):
     ("--env", "--env CarRacing-v99"), ("--phase collect", "--phase tokenizer"),
     ("--phase tokenizer", "--phase dynamics"), ("--phase tokenizer", "--phase agent"),
     ("--phase agent", "--phase imagination"), ("agent.pt", "--phase evaluate"), ("agent.pt", "--phase dream"),
-    ("no.pt", "--phase evaluate --checkpoint no.pt"), ("no.pt", "--phase collect --policy no.pt")])
+    ("no.pt", "--phase evaluate --checkpoint no.pt"), ("no.pt", "--phase collect --policy no.pt"),
+    ("--record", "--phase dream --record dream.avi")])
 def test_bad_flags_and_missing_phases_end_in_one_line(tmp_path, capsys, words, flags):
     error(capsys, lambda: main("--preset", "tiny", "--run", tmp_path / "run", *flags.split()), words)
 

@@ -52,6 +52,7 @@ PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination", "evaluate"
 class TrainConfig(Config):
     """Data, environment and optimization, on top of the model's Config."""
     env: str = "CarRacing-v3"       # Gymnasium id with image observations, or one that renders rgb_array
+    env_kwargs: str = "{}"          # JSON: arguments of the environment, such as '{"continuous": false}'
     action_bins: int = 5            # bins of a continuous action dimension, both ends included
     action_repeat: int = 4          # environment steps per agent step
     episode_frames: int = 1000      # longest episode in agent steps
@@ -92,15 +93,10 @@ class TrainConfig(Config):
     eval_episodes: int = 20         # real episodes per policy in evaluation
     compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
     save_seconds: float = 120.0     # time between checkpoints
+    least = Config.least | {"action_bins": 2, "warmup": 0, "value_steps": 0}
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("action_bins", "action_repeat", "episode_frames", "envs", "collect_episodes", "hold", "rounds",
-                     "round_episodes", "batch_size", "short_length", "long_length", "long_every", "tokenizer_batch",
-                     "tokenizer_length", "tokenizer_steps", "dynamics_steps", "agent_steps", "imagination_steps",
-                     "rollouts", "rollout_context", "horizon", "updates", "eval_episodes"):
-            if getattr(self, name) < (2 if name == "action_bins" else 1):
-                raise ValueError(f"config: {name} must be at least {2 if name == 'action_bins' else 1}")
         if self.k < 1 or self.k & (self.k - 1) or self.k > self.k_max:
             raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
 
@@ -273,16 +269,17 @@ def make_env(cfg):
         os.environ.setdefault("MUJOCO_GL", "egl")
     family = next((name for name in ("MineRL", "Crafter", "ALE/") if cfg.env.startswith(name)), None)
     try:
+        kwargs = json.loads(cfg.env_kwargs)
         if family == "MineRL":
             import gym as old_gym
             import minerl                                                     # registers its environments
             env = OldGym(old_gym.make(cfg.env))
         elif family == "Crafter":
             import crafter
-            env = OldGym(crafter.Env())
+            env = OldGym(crafter.Env(**kwargs))
         else:
             name = f"ale_py:{cfg.env}" if family == "ALE/" else cfg.env       # registered by importing ale_py
-            env = gym.make(name, render_mode="rgb_array", disable_env_checker=True)
+            env = gym.make(name, render_mode="rgb_array", disable_env_checker=True, **kwargs)
     except gym.error.DependencyNotInstalled as error:
         fail(f"--env {cfg.env}: {error}")
     except ImportError as error:
@@ -290,6 +287,8 @@ def make_env(cfg):
         fail(f"--env {cfg.env} is not installed ({error}); run: pip install {package}")
     except gym.error.Error as error:
         fail(f"--env {cfg.env}: {error} (gymnasium.envs.registry lists the ids)")
+    except (TypeError, ValueError) as error:
+        fail(f"--env_kwargs {cfg.env_kwargs} does not fit {cfg.env}: {error}")
     if cfg.env.startswith("CarRacing") and isinstance(env.action_space, gym.spaces.Box):
         pedals = lambda a: np.array([a[0], max(a[1], 0), max(-a[1], 0)], np.float32)
         env = gym.wrappers.TransformAction(env, pedals, gym.spaces.Box(-1, 1, (2,), np.float32))
@@ -522,7 +521,7 @@ class Data:
             check_stop()
             cached = folder / f"{path.stem}.npy"
             try:
-                episode["latents"] = np.load(cached, mmap_mode="r", allow_pickle=False)
+                episode["latents"] = np.load(cached, mmap_mode="c", allow_pickle=False)
                 assert len(episode["latents"]) == len(episode["rewards"])
                 assert cached.stat().st_mtime >= path.stat().st_mtime
             except (OSError, ValueError, EOFError, AssertionError):                  # not there, or damaged
@@ -1151,20 +1150,23 @@ def held_out_episodes(run, tokenizer):
     return episodes
 
 
-def dream_metrics(run, tokenizer, agent, episodes, context=4, ahead=16, count=32):
-    """Open-loop dreams against held-out truth, `ahead` frames from `context` ones."""
-    rng = np.random.default_rng(run.seed)
-    batch = windows(episodes, rng, count, context + ahead)
+def dream_metrics(run, tokenizer, agent, episodes, context=4, ahead=16, count=32, far=200):
+    """Open-loop dreams from `context` frames on against held-out truth: `ahead` frames with the actions taken, with
+    another episode's, and in as many steps as can be; and whether the latents keep their mean and spread `far` ahead.
+    """
+    rng, cfg = np.random.default_rng(run.seed), run.cfg
+    batch, long = windows(episodes, rng, count, context + ahead), windows(episodes, rng, count // 4, context + far)
     truth = batch["frames"][:, context:]
-    dream = lambda actions: open_loop(Dream(agent.dynamics, k=run.cfg.k), batch["latents"], actions, context)
-    score = lambda z: psnr(decode(tokenizer, z)[:, context:], truth)
-    z = dream(batch["actions"])
+    dream = lambda part, actions, k=cfg.k: open_loop(Dream(agent.dynamics, k=k), part["latents"], actions, context)
+    score = lambda *choice: psnr(decode(tokenizer, dream(batch, *choice))[:, context:], truth)
     other = np.roll(batch["actions"], 1, 0)                               # another episode's actions, same contexts
     other[:, :context] = batch["actions"][:, :context]
-    return {"dream_psnr": score(z), "dream_psnr_shuffled": score(dream(other)),
+    real, z = long["latents"].astype(np.float32), dream(long, long["actions"])[:, context:][:, -50:]
+    return {"dream_psnr": score(batch["actions"]), "dream_psnr_shuffled": score(other),
+            "dream_psnr_k_max": score(batch["actions"], cfg.k_max),
             "copy_psnr": psnr(np.broadcast_to(batch["frames"][:, context - 1:context], truth.shape), truth),
-            "latent_std_real": float(batch["latents"].astype(np.float32).std()),
-            "latent_std_dream": float(z[:, context:].std())}
+            "latent_std_real": float(real.std()), "latent_std_dream": float(z.std()),
+            "latent_mean_real": float(real.mean()), "latent_mean_dream": float(z.mean())}
 
 
 def discounted_returns(rewards, gamma):
@@ -1546,7 +1548,7 @@ def main(arguments=None):
         return report_size(cfg)
     if "action_spec" in overrides:                                    # recorded data, no environment at hand
         actions = describe(gym.spaces.MultiDiscrete(cfg.action_spec), cfg.action_bins)
-    elif actions is None or {"env", "action_bins"} & set(overrides):
+    elif actions is None or {"env", "env_kwargs", "action_bins"} & set(overrides):
         env = make_env(cfg)
         actions = describe(env.action_space, cfg.action_bins)
         env.close()

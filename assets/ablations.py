@@ -1,0 +1,138 @@
+"""The paper's claims at the scale of the cpu preset: dynamics variants on the data and tokenizer of a finished run.
+
+    python assets/ablations.py runs/cpu            # writes assets/results/ablations.csv; about half an hour
+    python assets/ablations.py runs/cpu --steps 20 # a try
+
+Every variant trains from the same seed, on the same episodes, for the same number of steps, and then dreams 16 frames
+open loop from 4 frames of held-out episodes. One seed each: differences of a few tenths of a decibel mean nothing.
+"""
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import dreamer4
+import train
+
+
+class VelocityPrediction(dreamer4.Dynamics):
+    """The network's output is the velocity; ẑ1 = z̃ + (1 - τ) v. Its loss: see VARIANTS."""
+
+    def denoise(self, z, tau, *args, **kwargs):
+        velocity, h = super().denoise(z, tau, *args, **kwargs)
+        return z + (1 - tau)[..., None, None] * velocity, h
+
+
+class DiffusionForcing(dreamer4.Dynamics):
+    """Without shortcuts: every frame is trained at d_min, and dreamed with that label in any number of steps."""
+
+    def draw(self, B, T, *args, **kwargs):
+        draws = super().draw(B, T, *args, **kwargs)
+        tau = torch.randint(0, self.config.k_max, (B, T)) / self.config.k_max
+        return draws | {"tau": torch.where(draws["d"] > 1 / self.config.k_max, tau, draws["tau"]),
+                        "d": torch.full_like(draws["d"], 1 / self.config.k_max)}
+
+    def denoise(self, z, tau, d, *args, **kwargs):
+        return super().denoise(z, tau, torch.full_like(d, 1 / self.config.k_max), *args, **kwargs)
+
+
+SHORTCUT, FORCING = dreamer4.Dynamics, DiffusionForcing
+# name: model, changed settings, weight of the squared error in x-space, share of episodes with actions, K to dream with
+VARIANTS = {
+    "as in the preset": (SHORTCUT, {}, None, 1.0, (1, 2, 4, 8)),
+    "v-prediction and loss": (VelocityPrediction, {}, lambda tau: 1 / (1 - tau) ** 2, 1.0, (1, 2, 4, 8)),
+    "no ramp weight": (SHORTCUT, {}, torch.ones_like, 1.0, (4,)),
+    "time attention every 2nd layer": (SHORTCUT, {"time_every": 2}, None, 1.0, (4,)),
+    "no separate images": (SHORTCUT, {"separate_images": 0.0}, None, 1.0, (4,)),
+    "shortcut forcing, K_max = 64": (SHORTCUT, {"k_max": 64}, None, 1.0, (1, 2, 4, 8, 16, 64)),
+    "diffusion forcing, K_max = 64": (FORCING, {"k_max": 64}, None, 1.0, (1, 2, 4, 8, 16, 64)),
+    "no masking in the tokenizer": (SHORTCUT, {"mask_max": 0.0}, None, 1.0, (4,)),
+    "actions on 0 % of the episodes": (SHORTCUT, {}, None, 0.0, (4,)),
+    "actions on 5 % of the episodes": (SHORTCUT, {}, None, 0.05, (4,)),
+    "actions on 20 % of the episodes": (SHORTCUT, {}, None, 0.2, (4,)),
+}
+
+
+def tokenizer_without_masks(run, data):
+    """The preset's tokenizer, trained anew without masking; beside it the one with masks stays as it is."""
+    other = train.Run(run.folder / "ablation", run.cfg, run.seed, run.actions)
+    other.preset, other.data = "ablation", lambda: data
+    train.train_tokenizer(other)
+    return train.load_tokenizer(other)
+
+
+def measure(run, data, name, steps):
+    """Trains one variant -> rows (variant, K, figures)."""
+    cls, changes, weight, labeled, ks = VARIANTS[name]
+    for setting, value in changes.items():
+        setattr(run.cfg, setting, value)
+    cfg, ramp = run.cfg, dreamer4.ramp_weight
+    cfg.dynamics_steps, cfg.save_seconds, began = steps, 1e9, time.time()
+    tokenizer = tokenizer_without_masks(run, data) if cfg.mask_max == 0 else train.load_tokenizer(run)
+    data.encode(tokenizer, run.folder)
+    actions = [e["actions"] for e in data.train]
+    for i, e in enumerate(data.train):
+        if (i * 0.6180339887) % 1 >= labeled:                     # an even, fixed choice of episodes
+            e["actions"] = np.full_like(e["actions"], -1)
+    run.seeded("dynamics")
+    model = cls(train.model_config(cfg))
+    loop = train.Loop(run, "dynamics", "ablation.pt", model, steps, cfg.dynamics_lr)
+    dreamer4.ramp_weight = weight or ramp
+    for step in loop:
+        B, T = train.sequence_shapes(cfg, step)
+        batch = run.rows(data.sample(loop.rng, B, T, ["latents", "actions"]) | model.draw(B, T))
+        with run.autocast():
+            loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch)
+        loop.update(loss, metrics, B * T)
+    dreamer4.ramp_weight = ramp
+    minutes = (time.time() - began) / 60
+    for e, labels in zip(data.train, actions):
+        e["actions"] = labels
+    dynamics, rng, context = run.use(loop.ema), np.random.default_rng(0), 4
+    batch = train.windows(data.held_out, rng, 64, context + 16)
+    truth = batch["frames"][:, context:]
+    other = np.roll(batch["actions"], 1, 0)
+    other[:, :context] = batch["actions"][:, :context]
+    for k in ks:
+        scores = {}
+        for label, chosen in (("psnr", batch["actions"]), ("psnr_other_actions", other)):
+            torch.manual_seed(0)
+            z = train.open_loop(dreamer4.Dream(dynamics, k=k), batch["latents"], chosen, context)
+            scores[label] = round(train.psnr(train.decode(tokenizer, z)[:, context:], truth), 2)
+        copy = train.psnr(np.broadcast_to(batch["frames"][:, context - 1:context], truth.shape), truth)
+        yield {"variant": name, "steps": steps, "K": k, **scores, "copy_psnr": round(copy, 2),
+               "std_ratio": round(float(z.std() / batch["latents"].astype(np.float32).std()), 3),
+               "minutes": round(minutes, 1), "seed": run.seed}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of every variant")
+    parser.add_argument("--only", help="variants whose name holds this text")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/ablations.csv")
+    args = parser.parse_args()
+    for name in [name for name in VARIANTS if (args.only or "") in name]:
+        state = train.load_checkpoint(args.run / "tokenizer.pt")
+        cfg = train.TrainConfig(**state["config"])
+        run = train.Run(args.run, cfg, state["seed"], None)
+        run.preset = "ablation"
+        run.remember = lambda: None                                    # the run's own settings stay
+        data = train.Data(cfg, args.run / "data")
+        for row in measure(run, data, name, args.steps):
+            print(row, flush=True)
+            new = not args.out.exists()
+            with open(args.out, "a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
