@@ -10,14 +10,16 @@ Source: Hafner, Yan, Lillicrap, "Training Agents Inside of Scalable World Models
 The token block of frame t, in the dynamics (time runs across blocks, one block per frame):
 
       what led here    noise level       the frame itself        memory        the reader
-    [ action a_{t-1} | signal τ, step d | latents z̃_t ......... | registers | agent ] -> ẑ_t, h_t
+    [ action a_{t-1} | signal τ, step d | latents z̃_t ......... | registers | agent ] -> ẑ1, h_t
       S_a = 1          1                  N / pack                S_r         1 (nothing attends to it)
 
 Time convention: block t carries a_{t-1}; r_t and c_t belong to ARRIVING at frame t; h_t chooses a_t.
 
-Shapes: B batch, T time, S tokens per frame, D width, N latent tokens, Z channels of a latent token,
-A action components, K denoising steps, C context frames, H horizon, L multi-token distances.
-Signal level τ: 0 is pure noise, 1 is clean. Step size d: 1/K.
+Shapes: B batch, T time, S tokens per frame, D width, P patches, N latent tokens, Z channels of a latent token,
+A action components, K denoising steps, C context frames, H horizon, L multi-token distances. Inside attention
+only: N sequences, H query heads, G key heads, L queries, U keys, E channels of a head.
+Signal level τ: 0 is pure noise z0, 1 the clean latents z1, z̃ lies between them, ẑ1 is the prediction of z1: these
+subscripts are levels, not frames. Step size d: 1/K.
 
     eq. 4   sample_signal_and_step        eq. 9   Agent.forward (multi_token_targets)
     eq. 5   Tokenizer.forward             eq. 10  lambda_returns
@@ -35,6 +37,8 @@ Deliberate deviations from the paper, each with its reason:
 - In phase 2 a share of the sequences enters at the context level, where the heads are used later.
 - Continuous actions are binned and looked up: one kind of action space, a tuple of categoricals.
 - A continuation head is trained beside the reward head; categoricals mix in 1 % uniform (Dreamer 3).
+- Sequences treated as separate images lose their action too: no action led to an image.
+- Phase 3 divides no loss by its RMS: policy and value head share no parameters, and Adam ignores the scale.
 - Two-hot bins span ±symexp(10), not ±symexp(20): far bins turn tiny leaked probabilities into big errors.
 """
 import copy
@@ -96,14 +100,13 @@ class Config:
         for ok, what in [
             (len(self.image_size) == 2 and min(self.image_size) > 0, "image_size must be height and width"),
             (len(self.action_spec) > 0 and min(self.action_spec) > 0, "action_spec must list category counts"),
-            (self.k_max >= 1 and self.k_max & (self.k_max - 1) == 0, "k_max must be a power of two"),
+            (self.k_max & (self.k_max - 1) == 0, "k_max must be a power of two"),
+            (self.depth >= self.time_every, "depth must be at least time_every, or no layer attends over time"),
             (self.latents % self.pack == 0, "latents must be a multiple of pack"),
-            (self.width % self.heads == 0, "width must be a multiple of heads"),
-            (self.tokenizer_width % self.tokenizer_heads == 0,
-             "tokenizer_width must be a multiple of tokenizer_heads"),
             (self.heads % self.kv_heads == 0, "heads must be a multiple of kv_heads"),
-            (self.width // self.heads % 2 == 0 and self.tokenizer_width // self.tokenizer_heads % 2 == 0,
-             "width / heads and tokenizer_width / tokenizer_heads must be even (RoPE)"),
+            (self.width % (2 * self.heads) == 0, "width must be a multiple of 2 heads (RoPE turns pairs)"),
+            (self.tokenizer_width % (2 * self.tokenizer_heads) == 0,
+             "tokenizer_width must be a multiple of 2 tokenizer_heads (RoPE turns pairs)"),
             (0 <= self.context_signal <= 1, "context_signal must lie in [0, 1]"),
         ]:
             if not ok:
@@ -156,7 +159,7 @@ def attention_masks(groups, query_pos, key_pos, context, device=None):
 
 
 def attend(q, k, v, mask=None, softcap=0.0):
-    """Attention with grouped queries: q (N, H, L, E), k and v (N, G, M, E), mask (L, M) or (N, 1, L, M).
+    """Attention with grouped queries: q (N, H, L, E), k and v (N, G, U, E), mask (L, U) or (N, 1, L, U).
 
     Chooses between two forms of the same function: the fused kernel on GPUs, plain matrix products on CPUs,
     where the fused one takes four times as long forward and backward in bfloat16 (92 ms against 22 for
@@ -165,15 +168,15 @@ def attend(q, k, v, mask=None, softcap=0.0):
     if q.is_cuda and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     N, H, L, E = q.shape
-    G, M = k.shape[1:3]
+    G, U = k.shape[1:3]
     scores = (q * E ** -0.5).reshape(N, G, H // G * L, E) @ k.mT  # queries that share a key: stacked as rows
-    scores = scores.view(N, H, L, M)
+    scores = scores.view(N, H, L, U)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     # on CPU and CUDA, softmax over bfloat16 keeps its maximum and sum in float32
-    return (scores.softmax(-1).view(N, G, H // G * L, M) @ v).view(N, H, L, E)
+    return (scores.softmax(-1).view(N, G, H // G * L, U) @ v).view(N, H, L, E)
 
 
 class RMSNorm(nn.Module):
@@ -193,11 +196,11 @@ class Block(nn.Module):
     def __init__(self, width, heads, kv_heads, over_time, softcap=0.0):
         super().__init__()
         self.heads, self.kv_heads, self.over_time, self.softcap = heads, kv_heads, over_time, softcap
-        head_width = width // heads
+        head_dim = width // heads
         hidden = math.ceil(width * 8 / 3 / 32) * 32             # SwiGLU has three matrices: 8/3 instead of 4
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(head_width), RMSNorm(head_width)    # before RoPE, never after
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)    # before RoPE, never after
         self.attn_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
@@ -212,7 +215,7 @@ class Block(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.over_time:
             q, k = rope(q, pos), rope(k, pos)
-            if past is not None:        # a pass without the agent token, the last one, ignores its past
+            if past is not None:        # without the agent token, a frame's last, its cached keys are left out
                 k, v = (torch.cat((old[:, :S].flatten(0, 1), new), 2) for old, new in zip(past, (k, v)))
         y = attend(q, k, v, mask, self.softcap).unflatten(0, (B, -1))
         y = y.permute((0, 3, 1, 2, 4) if self.over_time else (0, 1, 3, 2, 4)).reshape(x.shape)
@@ -223,7 +226,7 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the last C frames of every time layer, and how many frames went in."""
+    """KV cache: layer index -> keys and values (B, S, G, U, E) of the last C frames; frames: how many went in."""
 
     def __init__(self):
         self.frames, self.layers = 0, {}
@@ -239,10 +242,10 @@ class Transformer(nn.Module):
             Block(width, heads, kv_heads, i % config.time_every == config.time_every - 1, config.softcap)
             for i in range(depth))
         for block in self.blocks:
-            for linear in (block.qkv, block.mlp_in):
-                nn.init.normal_(linear.weight, std=width ** -0.5)
-            for linear in (block.attn_out, block.mlp_out):    # residual branches start small: variance 1 in sum
-                nn.init.normal_(linear.weight, std=(2 * depth * linear.in_features) ** -0.5)
+            for layer in (block.qkv, block.mlp_in):
+                nn.init.normal_(layer.weight, std=width ** -0.5)
+            for layer in (block.attn_out, block.mlp_out):     # residual branches start small: variance 1 in sum
+                nn.init.normal_(layer.weight, std=(2 * depth * layer.in_features) ** -0.5)
 
     def forward(self, x, cache=None, write=True, separate=None):
         """x (B, T, S, D) -> (B, T, S, D).
@@ -253,9 +256,8 @@ class Transformer(nn.Module):
         """
         B, T, S, D = x.shape
         start = cache.frames if cache else 0
-        kept = min(start, self.context)
         pos = torch.arange(start, start + T, device=x.device)
-        keys = torch.arange(start - kept, start + T, device=x.device)
+        keys = torch.arange(max(0, start - self.context), start + T, device=x.device)    # what the cache kept, and x
         groups = self.groups if S == sum(n for _, n in self.groups) else self.groups[:-1]   # no agent token
         space, time = attention_masks(groups, pos, keys, self.context, x.device)
         if len(groups) == 1:
@@ -299,10 +301,10 @@ class LossNorm(nn.Module):
         self.decay = decay
         for name in names:
             self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("weight", torch.zeros(()))              # how much of the average is filled
+        self.register_buffer("weight", torch.zeros(()))              # bias correction, as in Adam: 1 - decay^n
 
-    def forward(self, losses):
-        """losses: name -> scalar. Returns the normalized sum, a scalar."""
+    def forward(self, losses, weights={}):
+        """losses: name -> scalar; weights: name -> factor after the division, 1 if left out. Returns a scalar."""
         with torch.no_grad():
             values = torch.stack([loss.detach().float() for loss in losses.values()])
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -313,7 +315,7 @@ class LossNorm(nn.Module):
                 for name, value in zip(losses, values):
                     getattr(self, name).lerp_(value.square(), 1 - self.decay)
             weight = self.weight.clamp(min=1e-8)
-        return sum(loss / (getattr(self, name) / weight).sqrt().clamp(min=1e-8)
+        return sum(weights.get(name, 1.0) * loss / (getattr(self, name) / weight).sqrt().clamp(min=1e-8)
                    for name, loss in losses.items())
 
 
@@ -350,15 +352,12 @@ class Tokenizer(nn.Module):
                              f"this tokenizer wants 3 channels at {self.config.image_size}")
         p, (rows, cols) = self.config.patch, self.grid
         images = F.pad(images, (0, cols * p - W, 0, rows * p - H))
-        return (images.view(B, T, 3, rows, p, cols, p).permute(0, 1, 3, 5, 2, 4, 6)
-                .reshape(B, T, rows * cols, 3 * p * p))
+        return F.pixel_unshuffle(images, p).flatten(-2).mT.contiguous()
 
     def unpatchify(self, patches):
         """patches (B, T, P, 3 p p) -> images (B, T, 3, H, W), the padding cropped away."""
-        B, T = patches.shape[:2]
-        p, (rows, cols), (H, W) = self.config.patch, self.grid, self.config.image_size
-        images = patches.view(B, T, rows, cols, 3, p, p).permute(0, 1, 4, 2, 5, 3, 6)
-        return images.reshape(B, T, 3, rows * p, cols * p)[..., :H, :W]
+        H, W = self.config.image_size
+        return F.pixel_shuffle(patches.mT.unflatten(-1, self.grid), self.config.patch)[..., :H, :W]
 
     def draw(self, B, T, mask_max=None, device=None):
         """Masked autoencoding: which patches to hide (B, T, P), p ~ U(0, mask_max) for each image."""
@@ -404,9 +403,9 @@ class Tokenizer(nn.Module):
         output = self.reconstruct(self.encode(images, mask))
         losses = {"mse": F.mse_loss(output, images)}
         if perceptual is not None:
-            losses["perceptual"] = 0.2 * perceptual(output.flatten(0, 1), images.flatten(0, 1))
+            losses["perceptual"] = perceptual(output.flatten(0, 1), images.flatten(0, 1))
         metrics = {name: loss.detach() for name, loss in losses.items()}
-        return self.loss_norm(losses), metrics
+        return self.loss_norm(losses, {"perceptual": 0.2}), metrics
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -419,7 +418,7 @@ def sample_signal_and_step(shape, k_max, device=None):
     """
     k = 2 ** torch.randint(0, k_max.bit_length(), shape, device=device)
     d = 1.0 / k
-    return (torch.rand(shape, device=device) * k).floor().clamp(max=k - 1) * d, d
+    return (torch.rand(shape, device=device) * k).floor() * d, d
 
 
 def corrupt(z1, noise, tau):
@@ -436,7 +435,8 @@ def ramp_weight(tau):
 def bootstrap_target(denoise, z, tau, d, d_min):
     """Where two half steps lead, as the clean latents that one step of size d should predict (eq. 7).
 
-    denoise(z̃, τ, d) -> ẑ1; z (B, T, N, Z); τ, d (B, T). Frames at d_min stay where they are.
+    denoise(z̃, τ, d) -> ẑ1; z (B, T, N, Z); τ, d (B, T). Frames at d_min only serve as context, at their own level;
+    their result is not used.
     Velocity of a half step: b = (ẑ1 - z̃) / (1 - τ). The target in x-space is z̃ + (1 - τ) (b′ + b″) / 2, so that
     the plain squared error in x-space is exactly (1 - τ)² ‖(ẑ1 - z̃)/(1 - τ) - (b′ + b″)/2‖².
     """
@@ -449,22 +449,20 @@ def bootstrap_target(denoise, z, tau, d, d_min):
     return z + expand(1 - tau) * (b1 + b2) / 2
 
 
-def shortcut_forcing_loss(denoise, z1, noise, tau, d, k_max, rows=slice(None)):
+def shortcut_forcing_loss(denoise, half_step, z1, noise, tau, d, k_max, rows=slice(None)):
     """Eq. 7 with x-prediction, ramp weight (eq. 8) and bootstrap. Returns (loss, metrics).
 
-    denoise(z̃, τ, d, rows) -> ẑ1: the network, given the sequences `rows` of the batch.
+    denoise(z̃, τ, d) -> ẑ1: the network on all sequences; half_step: the same on the sequences `rows` alone, those
+    in which d > d_min occurs: only they pay for the bootstrap.
     z1 clean latents, noise ~ N(0, I) (B, T, N, Z); τ, d (B, T) from sample_signal_and_step.
-    rows: the sequences in which d > d_min occurs; only these pay for the two half steps.
     """
     d_min = 1 / k_max
     z = corrupt(z1, noise, tau)                                        # 1. noise every frame (eq. 6)
-    with torch.no_grad():                                              # 2. targets: the data at d_min ...
+    with torch.no_grad():                                              # 2. targets: the data, but where d > d_min
+        two = bootstrap_target(half_step, z[rows], tau[rows], d[rows], d_min)               # two half steps
         target = z1.clone()
-        if k_max > 1:                                                  # ... else two half steps
-            half_steps = lambda *inputs: denoise(*inputs, rows)
-            two = bootstrap_target(half_steps, z[rows], tau[rows], d[rows], d_min)
-            target[rows] = torch.where((d[rows] > d_min)[..., None, None], two, z1[rows])
-    error = (denoise(z, tau, d, slice(None)) - target).square().mean((-2, -1))        # 3. predict (B, T)
+        target[rows] = torch.where((d[rows] > d_min)[..., None, None], two, z1[rows])
+    error = (denoise(z, tau, d) - target).square().mean((-2, -1))      # 3. predict (B, T)
     loss = (ramp_weight(tau) * error).mean()                           # 4. weigh, the same for both terms
     with torch.no_grad():
         fine = (d <= d_min).float()
@@ -492,19 +490,19 @@ class Dynamics(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        D, Z, K = config.width, config.latent_channels * config.pack, config.k_max
+        D, packed_channels, k_max = config.width, config.latent_channels * config.pack, config.k_max
         self.packed = config.latents // config.pack
         self.register_buffer("offsets", torch.tensor((0,) + config.action_spec[:-1]).cumsum(0), persistent=False)
         self.action_table = nn.Embedding(sum(config.action_spec), D)   # one lookup table for all components
         self.action_base = learned(D)                                  # all that an unlabeled frame gets
-        self.signal = nn.Embedding(K, D // 2)                          # τ = 0, 1/K, ..., 1 - 1/K
-        self.step = nn.Embedding(K.bit_length(), D - D // 2)           # d = 1, 1/2, ..., 1/K
-        self.latent_in, self.latent_pos = linear(Z, D), learned(self.packed, D)
+        self.signal = nn.Embedding(k_max, D // 2)                      # τ = 0, d_min, ..., 1 - d_min
+        self.step = nn.Embedding(k_max.bit_length(), D - D // 2)       # d = 1, 1/2, ..., d_min = 1 / k_max
+        self.latent_in, self.latent_pos = linear(packed_channels, D), learned(self.packed, D)
         self.registers = learned(config.registers, D)
         world = 2 + self.packed + config.registers
         self.transformer = Transformer(D, config.depth, config.heads, config.kv_heads,
                                        (("world", world), ("agent", 1)), config.context, config)
-        self.out_norm, self.latent_out = RMSNorm(D), linear(D, Z)
+        self.out_norm, self.latent_out = RMSNorm(D), linear(D, packed_channels)
         for table in (self.action_table, self.signal, self.step):
             nn.init.normal_(table.weight, std=0.5)
         self.loss_norm = LossNorm("dynamics")
@@ -515,26 +513,27 @@ class Dynamics(nn.Module):
         lookups = self.action_table(actions.clamp(min=0).long() + self.offsets) * known[..., None]
         return lookups.sum(-2) + self.action_base
 
-    def denoise(self, z, tau, d, actions, agent=None, cache=None, write=False, separate=None):
+    def denoise(self, z, tau, d, actions, task_embedding=None, cache=None, write=False,
+                separate=None):
         """One pass over noisy latents. Returns ẑ1 (B, T, N, Z) float32, and h (B, T, D) or None.
 
         z (B, T, N, Z); τ, d (B, T) on the grids of eq. 4; actions (B, T, A): block t carries a_{t-1}.
-        agent (D,) or (B, D): task embedding, puts the agent token into every block and returns its output h.
+        task_embedding (D,) or (B, D): puts the agent token into every block and returns its output h.
         cache, write, separate: see Transformer.forward.
         """
         B, T, N, Z = z.shape
-        D, dtype = self.config.width, self.latent_in.weight.dtype
+        D = self.config.width
         signal = self.signal((tau * self.config.k_max).round().long())
         step = self.step((-torch.log2(d)).round().long())
-        latents = self.latent_in(z.to(dtype).reshape(B, T, self.packed, -1))
+        latents = self.latent_in(z.to(self.latent_in.weight.dtype).reshape(B, T, self.packed, -1))
         dtype = latents.dtype                        # bfloat16 under autocast: the residual stream stays there
         blocks = [self.embed_actions(actions)[:, :, None], torch.cat((signal, step), -1)[:, :, None],
                   latents + self.latent_pos.to(dtype), self.registers.expand(B, T, -1, D)]
-        if agent is not None:
-            blocks.append(agent.expand(B, D)[:, None, None].expand(B, T, 1, D))
+        if task_embedding is not None:
+            blocks.append(task_embedding.expand(B, D)[:, None, None].expand(B, T, 1, D))
         x = self.transformer(torch.cat([part.to(dtype) for part in blocks], 2), cache, write, separate)
         output = self.latent_out(self.out_norm(x[:, :, 2:2 + self.packed])).float()
-        return output.reshape(B, T, N, Z), (None if agent is None else x[:, :, -1])
+        return output.reshape(B, T, N, Z), (None if task_embedding is None else x[:, :, -1])
 
     def draw(self, B, T, context_share=0.0, device=None):
         """Everything random in one training step, for a batch of B sequences, as a dict of tensors.
@@ -548,26 +547,24 @@ class Dynamics(nn.Module):
         shortcut = (torch.arange(B, device=device) % c.shortcut_every == 0)[:, None]
         as_context = torch.rand(B, 1, device=device) < context_share
         fine = torch.randint(0, K, (B, T), device=device) / K
-        fine = torch.where(as_context, torch.full_like(fine, c.context_level), fine)
-        return {"tau": torch.where(shortcut, tau, fine),
-                "d": torch.where(shortcut, d, torch.full_like(d, 1 / K)),
+        return {"tau": torch.where(shortcut, tau, torch.where(as_context, c.context_level, fine)),
+                "d": torch.where(shortcut, d, 1 / K),
                 "noise": torch.randn(B, T, c.latents, c.latent_channels, device=device),
                 "separate": torch.rand(B, device=device) < c.separate_images}
 
-    def loss(self, z1, actions, draws, agent=None):
+    def loss(self, z1, actions, draws, task_embedding=None):
         """Eq. 7 on latents z1 (B, T, N, Z), actions (B, T, A). Returns (loss, metrics), h (B, T, D) or None."""
-        separate, h = draws["separate"], None
-        every = slice(None, None, self.config.shortcut_every)
+        separate, h, rows = draws["separate"], None, slice(None, None, self.config.shortcut_every)
         actions = torch.where(separate[:, None, None], -1, actions)     # an image has no action that led to it
 
-        def denoise(z, tau, d, rows):
+        def denoise(z, tau, d):
             nonlocal h
-            token = None if rows is every else agent                    # the half steps need no agent token
-            x, h = self.denoise(z, tau, d, actions[rows], token, separate=separate[rows])
+            x, h = self.denoise(z, tau, d, actions, task_embedding, separate=separate)
             return x
 
-        return shortcut_forcing_loss(denoise, z1, draws["noise"], draws["tau"], draws["d"],
-                                     self.config.k_max, every), h
+        half_step = lambda z, tau, d: self.denoise(z, tau, d, actions[rows], separate=separate[rows])[0]
+        return shortcut_forcing_loss(denoise, half_step, z1, draws["noise"], draws["tau"], draws["d"],
+                                     self.config.k_max, rows), h
 
     def forward(self, z1, actions, draws):
         """Eq. 7, RMS-normalized: the training loss of phase 1. Returns (loss, metrics)."""
@@ -582,16 +579,16 @@ class Dream:
     real or dreamed, enter the KV cache at the context level by an extra pass that also yields h_t.
     """
 
-    def __init__(self, dynamics, agent=None, k=4, generator=None):
-        """agent: task embedding (D,) or None; k denoising steps, a power of two up to k_max."""
+    def __init__(self, dynamics, task_embedding=None, k=4, generator=None):
+        """task_embedding (D,) or (B, D), or None: no h; k denoising steps, a power of two up to k_max."""
         if k < 1 or k & (k - 1) or k > dynamics.config.k_max:
             raise ValueError(f"k = {k}: the denoising steps must be a power of two up to k_max = "
                              f"{dynamics.config.k_max}")
-        self.dynamics, self.agent, self.k, self.generator = dynamics, agent, k, generator
+        self.dynamics, self.task_embedding, self.k, self.generator = dynamics, task_embedding, k, generator
         self.cache = Cache()
 
-    def _noise(self, like):
-        return torch.randn(like.shape, device=like.device, generator=self.generator)
+    def _noise(self, shape, device):
+        return torch.randn(shape, device=device, generator=self.generator)
 
     @torch.no_grad()
     def reset(self, z, actions):
@@ -602,25 +599,21 @@ class Dream:
 
     @torch.no_grad()
     def observe(self, z, actions):
-        """Append finished frames z (B, T, N, Z), each led to by its action (B, T, A). Returns h (B, T, D)."""
+        """Append finished frames z (B, T, N, Z), each led to by its action (B, T, A). Returns h (B, T, D) or
+        None."""
         c = self.dynamics.config
         tau = torch.full(z.shape[:2], c.context_level, device=z.device)
         d = torch.full_like(tau, 1 / c.k_max)
-        return self.dynamics.denoise(corrupt(z, self._noise(z), tau), tau, d, actions, self.agent,
-                                     self.cache, write=True)[1]
+        z = corrupt(z, self._noise(z.shape, z.device), tau)
+        return self.dynamics.denoise(z, tau, d, actions, self.task_embedding, self.cache, write=True)[1]
 
     @torch.no_grad()
     def step(self, action):
         """Dream the frame that the action (B, A) leads to. Returns z (B, N, Z) and h (B, D) or None."""
-        c, B = self.dynamics.config, action.shape[0]
-        action = action[:, None]
-
-        def denoise(z, tau, d):
-            full = lambda value: torch.full((B, 1), value, device=z.device)
-            return self.dynamics.denoise(z, full(tau), full(d), action, cache=self.cache)[0]
-
-        z = generate(denoise, self._noise(torch.empty(B, 1, c.latents, c.latent_channels, device=action.device)),
-                     self.k)
+        c, B, action = self.dynamics.config, len(action), action[:, None]
+        full = lambda value: torch.full((B, 1), value, device=action.device)
+        denoise = lambda z, tau, d: self.dynamics.denoise(z, full(tau), full(d), action, cache=self.cache)[0]
+        z = generate(denoise, self._noise((B, 1, c.latents, c.latent_channels), action.device), self.k)
         h = self.observe(z, action)
         return z[:, 0], (None if h is None else h[:, 0])
 
@@ -652,7 +645,9 @@ def two_hot(x, bins):
 
 
 def two_hot_mean(logits, bins):
-    """Expected value (...) of logits (..., len(bins)), in float32. Adds mirrored bins first: they cancel."""
+    """Expected value (...) of logits (..., len(bins)), in float32.
+
+    Sums mirrored bins first: they cancel, so that equal logits give exactly 0."""
     weighted = logits.float().softmax(-1) * bins
     return (weighted + weighted.flip(-1)).sum(-1) / 2
 
@@ -682,8 +677,8 @@ def lambda_returns(rewards, values, continues, gamma, lam):
 def pmpo_loss(log_prob, advantage, kl, weight, alpha, beta):
     """Eq. 11: (1 - α) mean over D- of ln π - α mean over D+ of ln π + β mean KL[π || prior].
 
-    D+ = {advantage >= 0}, D- the rest: only the sign counts. All inputs (B, H); weight in [0, 1] (0 after an
-    imagined end). An empty set contributes exactly zero. Returns a scalar.
+    D+ = {advantage >= 0}, D- the rest: only the sign counts. All inputs (B, H); weight in [0, 1]: the
+    probability that the dream still goes on. An empty set contributes exactly zero. Returns a scalar.
     """
     good = weight * (advantage >= 0)
     bad = weight * (advantage < 0)
@@ -774,20 +769,17 @@ class Agent(nn.Module):
         """Eq. 9 beside eq. 7, every term RMS-normalized. Returns (loss, metrics).
 
         z1 (B, T, N, Z); actions (B, T, A): the action that LED to frame t; rewards, continues (B, T) of frame t;
-        draws from dynamics.draw(). h_t learns a_{t+n}, r_{t+n} and c_{t+n} for n = 0 ... L-1.
+        draws from dynamics.draw(); task: an index, or (B,) of them. h_t learns a_{t+n}, r_{t+n} and c_{t+n} for
+        n = 0 ... L-1.
         """
         (dynamics, metrics), h = self.dynamics.loss(z1, actions, draws, self.task.weight[task])
-        L = self.config.distances
-        # averages run over all B T L entries, masked ones included: equal shards then give equal gradients
         led_from = torch.cat((actions[:, 1:], torch.full_like(actions[:, :1], -1)), 1)    # a_t leaves frame t
-        targets, valid = multi_token_targets(led_from, L)
-        policy = -(self.log_prob(self.policy_head(h), targets) * valid).mean()
-        targets, valid = multi_token_targets(rewards, L)
-        log_p = self.reward_head(h).log_softmax(-1)
-        reward = -((two_hot(targets, self.bin_values) * log_p).sum(-1) * valid).mean()
-        targets, _ = multi_token_targets(continues, L)
-        logits = self.continue_head(h)[..., 0]
-        continue_ = (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * valid).mean()
+        (actions, valid), (rewards, _), (continues, _) = (
+            multi_token_targets(x, self.config.distances) for x in (led_from, rewards, continues))
+        mean = lambda loss: (loss * valid).mean()  # over all B T L, masked ones too: equal shards, equal gradients
+        policy = mean(-self.log_prob(self.policy_head(h), actions))
+        reward = mean(-(two_hot(rewards, self.bin_values) * self.reward_head(h).log_softmax(-1)).sum(-1))
+        continue_ = mean(F.binary_cross_entropy_with_logits(self.continue_head(h)[..., 0], continues, reduction="none"))
         losses = {"dynamics": dynamics, "policy": policy, "reward": reward, "continue_": continue_}
         metrics = metrics | {name: loss.detach() for name, loss in losses.items()}
         return self.loss_norm(losses), metrics
@@ -806,7 +798,7 @@ class Agent(nn.Module):
             values = self.value(h)                                                         # (B, H + 1)
             returns = lambda_returns(rollout["rewards"], values, rollout["continues"], c.gamma, c.lam)
             advantage = returns - values[:, :-1]
-            alive = torch.cat((torch.ones_like(values[:, :1]), rollout["continues"]), 1).cumprod(1)
+            alive = torch.cat((self.continuation(h[:, :1]), rollout["continues"]), 1).cumprod(1)
             weight = alive[:, :-1]                                                         # (B, H)
             prior_logits = prior(h[:, :-1])[..., 0, :]
         logits = self.policy(h[:, :-1])
@@ -822,14 +814,14 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def imagine(agent, z, actions, horizon, k=4, generator=None):
+def imagine(agent, z, actions, horizon, k=4, task=0, generator=None):
     """Roll world model and policy forward together from a context (Algorithm 1, phase 3).
 
     z (B, T, N, Z), actions (B, T, A): dataset context. Returns h (B, H + 1, D) of frames 0 ... H (frame 0 is the
     last of the context), actions (B, H, A) taken at frames 0 ... H-1, rewards, continues (B, H) of frames 1 ... H,
     z (B, H, N, Z).
     """
-    dream = agent.dream(k, generator=generator)
+    dream = agent.dream(k, task, generator)
     h = [dream.reset(z, actions)]
     taken, dreamed = [], []
     for _ in range(horizon):

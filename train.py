@@ -31,6 +31,7 @@ import threading
 import time
 import zipfile
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -298,10 +299,11 @@ def make_env(cfg):
 class PixelEnv(gym.Env):
     """Frames (H, W, 3) uint8 in the environment's own size, actions as category indices, actions repeated.
 
-    After the end of an episode it stands still, so that a vector of environments can run on.
+    After the end of an episode it stands still, so that a vector of environments can run on. With the frames' shape
+    given, nothing is drawn before the first reset.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, shape=None):
         self.env, self.cfg = make_env(cfg), cfg
         self.description = describe(self.env.action_space, cfg.action_bins)
         space, inner = self.env.observation_space, self.env.unwrapped
@@ -311,7 +313,7 @@ class PixelEnv(gym.Env):
             render, inner._render = inner._render, lambda mode: None             # the frames that are looked at
             self.draw = lambda: render("state_pixels")
         self.action_space = gym.spaces.MultiDiscrete(action_sizes(self.description))
-        self.observation_space = gym.spaces.Box(0, 255, self.reset(seed=0)[0].shape, np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, shape or self.reset(seed=0)[0].shape, np.uint8)
 
     def frame(self, observation):
         self.last = np.asarray(self.draw() if self.draw else observation)[..., :3]
@@ -337,6 +339,12 @@ class PixelEnv(gym.Env):
 
     def close(self):
         self.env.close()
+
+
+def frame_shape(cfg):
+    env = PixelEnv(cfg)
+    env.close()
+    return env.observation_space.shape
 
 
 def resize(frames, size):
@@ -399,8 +407,9 @@ def play(cfg, policy, seeds):
     seeds, count = list(seeds), min(cfg.envs, len(seeds))
     if not count:
         return
-    make_env(cfg).close()                                     # errors of the environment show here, in one line
-    envs = gym.vector.AsyncVectorEnv([lambda: PixelEnv(cfg)] * count, autoreset_mode="Disabled")
+    with ProcessPoolExecutor(1) as probe:           # elsewhere: a process that has drawn with OpenGL must not fork
+        shape = probe.submit(frame_shape, cfg).result()
+    envs = gym.vector.AsyncVectorEnv([lambda: PixelEnv(cfg, shape)] * count, autoreset_mode="Disabled")
     try:
         for start in range(0, len(seeds), count):
             wave = (seeds[start:] + [seeds[-1]] * count)[:count]              # the last wave may repeat a seed

@@ -1,0 +1,29 @@
+"""A trained agent.pt as a small file to give away: half precision, no optimizers, no weights but the averaged ones.
+
+    python assets/ship.py runs/cpu/agent.pt assets/carracing.pt
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train
+
+NEEDED = ("format", "phase", "seed", "round", "step", "config", "actions", "tokenizer", "ema", "heads")
+
+
+def half(value):
+    """Every floating-point tensor of a checkpoint entry as float16."""
+    if isinstance(value, dict):
+        return {name: half(x) for name, x in value.items()}
+    return value.half() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    state = train.load_checkpoint(sys.argv[1])
+    small = {name: half(state[name]) for name in NEEDED if name in state}
+    train.write_file(sys.argv[2], lambda file: torch.save(small, file))
+    print(f"{sys.argv[2]}: {Path(sys.argv[2]).stat().st_size / 1e6:.1f} MB")
