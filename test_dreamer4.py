@@ -860,6 +860,22 @@ def test_policies_are_compared_on_the_same_seeds_that_no_collection_uses(finishe
         assert results[f"{name}_se"] == pytest.approx(np.std(returns, ddof=1) / 2 ** 0.5, abs=1e-3)
 
 
+def test_an_interrupted_collection_goes_on_with_the_episodes_it_would_have_played(copied):
+    whole, state = read_episodes(copied), load(copied, "agent.pt")
+    run = train.Run(copied, train.TrainConfig(**state["config"]), 0, json.loads(state["actions"]))
+    run.preset = "tiny"
+    for seed in (1, 2, 5):                                                   # played with 0, 3 and 4
+        (copied / f"data/{seed:010d}.npz").unlink()
+    train.collect(run)
+    for seed, episode in read_episodes(copied).items():
+        assert all(np.array_equal(x, whole[seed][name]) for name, x in episode.items())
+    tokenizer, agent, _ = train.load_agent(run, copied / "agent.pt")
+    play = lambda **options: dict(train.play(run.cfg, train.AgentPolicy(tokenizer, agent, run.cfg, 0, 0.5), range(4), **options))
+    four, two = play(), play(done=lambda seed: seed < 2)
+    assert [*four] == [0, 1, 2, 3] and [*two] == [2, 3] and len({e["actions"].tobytes() for e in four.values()}) == 4
+    assert all(np.array_equal(x, four[seed][name]) for seed in two for name, x in two[seed].items())
+
+
 def test_every_phase_of_every_round_is_logged_and_reports_its_health(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert {(row["phase"], row["round"]) for row in rows} == {
@@ -920,6 +936,17 @@ def test_videos_are_as_long_as_asked_for_and_gif_or_mp4(copied, tmp_path):
     assert frames.shape[1:] == (128, 256, 3)                                 # the real track, and its reconstruction
     real, seen = frames[:, :, :128].astype(float), frames[:, :, 128:].astype(float)
     assert 5 < np.abs(real - seen).mean() < 100                              # a tiny tokenizer sees something else
+
+
+def test_between_agent_and_imagination_the_policy_is_the_new_clone_with_the_old_value(copied):
+    before = load(copied, "agent.pt")
+    run = train.Run(copied, train.TrainConfig(**before["config"]), 0, None)
+    run.preset, run.round, run.actions = "tiny", before["round"] + 1, json.loads(before["actions"])
+    train.train_agent(run)
+    state, (_, agent, cloned) = load(copied, "agent.pt"), train.load_agent(run, copied / "agent.pt")
+    assert state["phase"] == "agent" and not differences(agent.policy_head.state_dict(), cloned.state_dict())
+    value = {f"value_head.{name}": x for name, x in agent.value_head.state_dict().items()}
+    assert not differences(value, {name: x for name, x in before["heads"].items() if name in value})
 
 
 def test_the_cloned_policy_is_the_one_before_imagination(copied):
@@ -1210,7 +1237,7 @@ def test_the_longest_episode_is_a_time_limit_not_an_end():
 
 def test_frames_that_action_repeat_skips_are_not_drawn_and_the_others_are_those_of_the_environment(monkeypatch):
     from gymnasium.envs.box2d.car_racing import CarRacing
-    cfg, drawn, render = train.TrainConfig(), [], CarRacing._render
+    cfg, drawn, render = train.TrainConfig(image_size=(96, 96)), [], CarRacing._render
     plain, ours = train.make_env(cfg), train.PixelEnv(cfg)
     monkeypatch.setattr(CarRacing, "_render", lambda *args: drawn.append(0) or render(*args))
     counted = train.PixelEnv(cfg)
@@ -1301,15 +1328,16 @@ def test_minerl_has_a_camera_of_11_by_11_bins_items_by_name_and_the_old_interfac
     env = train.PixelEnv(minerl)
     sizes = train.action_sizes(json.loads(json.dumps(env.description)))
     assert sizes == minerl.action_spec                                       # in the order of the names
-    rng = np.random.default_rng(0)
+    items, rng = Treechop.action_space.spaces["craft"].values.tolist(), np.random.default_rng(0)
     assert env.reset(seed=5)[0].tolist() == np.zeros((64, 64, 3)).tolist() and env.env.env.seeded == 5
     for t in range(1, 8):
         indices = rng.integers(0, sizes)
         frame, reward, terminated, truncated, _ = env.step(indices)
         action = env.env.env.given[-1]
         assert (frame == t).all() and reward == action["attack"] and (terminated, truncated) == (t == 7, False)
-        assert train.to_indices(env.description, action).tolist() == indices.tolist()
-    camera = lambda a: train.to_indices(env.description, action | {"camera": np.array(a)})[sizes.index(121)]
+        plain = action | {"camera": train.camera_bin(action["camera"]) @ (11, 1), "craft": items.index(action["craft"])}
+        assert train.to_indices(env.description, plain).tolist() == indices.tolist()
+    camera = lambda angles: train.camera_bin(np.array(angles)) @ (11, 1)
     for pitch, yaw in rng.normal(0, 6, (100, 2)):
         assert camera([pitch, yaw]) == round(stretched(pitch)) * 11 + round(stretched(yaw))
     assert camera([0, 0]) == 60 and camera([-180, 180]) == 10                # up (pitch) first, then sideways
@@ -1351,7 +1379,7 @@ def test_a_missing_package_ends_in_its_pip_command(monkeypatch, capsys, env, pac
 
 def random_actions(seed, T=400, count=8, **changes):
     policy = train.RandomPolicy(train.TrainConfig(**{"action_spec": (999, 999), "hold": 3} | changes), seed)
-    policy.reset(count)
+    policy.reset(range(count))
     return np.stack([policy.act(None, None) for _ in range(T)])              # (T, count, A)
 
 
@@ -1386,7 +1414,7 @@ def test_the_agent_acts_on_what_it_saw_and_on_the_action_that_led_there():
     cfg = train.TrainConfig(**dataclasses.asdict(c))
     policy, denoise = train.AgentPolicy(tokenizer, agent, cfg, seed=0), record(agent.dynamics, "denoise")
     frames, given = np.random.default_rng(0).integers(0, 256, (5, 2, 8, 8, 3), np.uint8), []
-    policy.reset(2)
+    policy.reset([0, 1])
     for frame in frames:
         given.append(np.full((2, 2), -1, np.int16) if not given else taken)
         taken = policy.act(frame, given[-1])
@@ -1397,7 +1425,7 @@ def test_the_agent_acts_on_what_it_saw_and_on_the_action_that_led_there():
     assert_close(np.stack(policy.values, 1), torch.cat([agent.value(call["result"][1]) for call in denoise], 1).numpy())
     explorer = train.AgentPolicy(tokenizer, agent, cfg, 0, random_share=1.0)
     reference = train.RandomPolicy(cfg, 0)
-    explorer.reset(2), reference.reset(2)
+    explorer.reset([0, 1]), reference.reset([0, 1])
     assert explorer.act(frames[0], given[0]).max() < 3 and explorer.values
 
 
@@ -1602,12 +1630,28 @@ def test_a_bad_episode_file_is_named(tmp_path, capsys, damage):
     assert contents(folder) == before
 
 
+def test_recorded_data_is_learned_from_without_an_environment(tmp_path, capsys):
+    folder = write_episodes(tmp_path / "run/data", [30] * 11)
+    before = contents(folder)
+    main("--preset", "tiny", "--run", tmp_path / "run", "--image_size", "8x8", "--action_spec", 9, "--rounds", 2)
+    assert contents(folder) == before and (tmp_path / "run/dream.gif").exists()
+    assert load(tmp_path / "run", "agent.pt")["round"] == 0 and not (tmp_path / "run/eval.json").exists()
+    for phase in ("collect", "evaluate"):
+        error(capsys, lambda: main("--phase", phase, "--run", tmp_path / "run"), "recorded data", "--env")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"config": 3}', "{}", "{"])
+def test_a_damaged_config_is_named(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text(text)
+    error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")
+
+
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""), flip,
     lambda path: path.write_text("no checkpoint"), lambda path: torch.save([1, 2], path),
     lambda path: torch.save(torch.load(path) | {"format": 99}, path),
     lambda path: torch.save(torch.load(path) | {"step": Ticker()}, path)], ids=range(7))
-@pytest.mark.parametrize("name, phase", [("tokenizer.pt", "dynamics"), ("agent.pt", "all"), ("agent.pt", "evaluate")])
+@pytest.mark.parametrize("name, phase", [("tokenizer.pt", "tokenizer"), ("agent.pt", "all"), ("agent.pt", "evaluate")])
 def test_a_bad_checkpoint_is_named_and_left_alone(copied, capsys, name, phase, damage):
     damage(copied / name)
     before = contents(copied)
@@ -1664,7 +1708,8 @@ def test_psnr_correlation_and_returns_by_hand():
     assert train.correlation(np.array([1, 2, 3.0]), np.array([2, 4, 6.0])) == pytest.approx(1)
     assert train.correlation(np.array([1, 2, 3.0]), np.array([1, -1, 1.0])) == pytest.approx(0)
     assert train.correlation(np.ones(3), np.arange(3.0)) == 0
-    assert_close(train.discounted_returns(np.array([9, 1, 2, 4.0]), 0.5), np.array([3, 4, 4, 0], np.float32))
+    e = {"rewards": np.array([9, 1, 2, 4], np.float32), "values": np.zeros(4), "terminal": True}
+    assert_close(train.values_and_returns(e, train.TrainConfig(gamma=0.5))[1], np.array([3, 4, 4, 0], np.float32))
 
 
 def test_every_nth_batch_is_long_and_has_the_same_number_of_frames():

@@ -19,8 +19,10 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import datetime
 import inspect
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -31,7 +33,6 @@ import threading
 import time
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,7 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dreamer4 import Agent, Block, Cache, Config, Dream, Dynamics, Tokenizer, frozen, imagine
+from dreamer4 import Agent, Block, Cache, Config, Dream, Dynamics, Tokenizer, frozen, imagine, lambda_returns
 
 PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination", "evaluate", "dream", "play", "bench", "all")
 
@@ -109,7 +110,7 @@ PRESETS = {
                  tokenizer_batch=4, tokenizer_steps=30, dynamics_steps=30, agent_steps=20, imagination_steps=6,
                  rollouts=4, rollout_context=4, horizon=4, value_steps=2, warmup=10, eval_episodes=2),
     "cpu": dict(patch=16, tokenizer_width=128, tokenizer_heads=4, width=192, head_width=128, pack=4, gamma=0.98,
-                beta=0.05, collect_episodes=160, round_episodes=60, rounds=3),
+                beta=0.05, collect_episodes=160, round_episodes=60, rounds=4),
     "gpu": dict(image_size=(96, 96), tokenizer_width=384, tokenizer_depth=6, latents=32, width=512, depth=12,
                 heads=8, kv_heads=2, registers=4, context=32, batch_size=64, short_length=24, long_length=64,
                 tokenizer_batch=32, tokenizer_steps=20000, dynamics_steps=40000, agent_steps=10000,
@@ -138,8 +139,7 @@ def fail(message):
 
 # ---------------------------------------------------------------------------------------------------------
 # Actions: every space becomes a tuple of category counts. A space is described by plain JSON, which goes into
-# the checkpoint; the other functions need only that. A leaf is an array of low + index * step, a list of values,
-# or MineRL's camera: two angles that make one component of 11 * 11 categories.
+# the checkpoint; the other functions need only that. A leaf is an array of low + index * step.
 
 CAMERA_BINS, CAMERA_MAX, CAMERA_MU = 11, 10.0, 10.0             # VPT: degrees per step, fine near 0 (μ-law)
 
@@ -161,13 +161,8 @@ def describe(space, bins):
     """Gymnasium action space -> nested dict; Box dimensions become `bins` values with both ends included."""
     if isinstance(space, (gym.spaces.Tuple, gym.spaces.Dict)):
         named = isinstance(space, gym.spaces.Dict)
-        keys = list(space.spaces) if named else range(len(space.spaces))
-        camera = lambda key: key == "camera" and space[key].shape == (2,)
-        return {"keys": list(keys), "named": named,
-                "parts": [{"camera": True, "sizes": CAMERA_BINS ** 2} if camera(key) else describe(space[key], bins)
-                          for key in keys]}
-    if hasattr(space, "values"):                                                # MineRL's Enum: names of items
-        return {"values": [str(value) for value in space.values], "sizes": len(space.values)}
+        keys = list(space.spaces if named else range(len(space.spaces)))
+        return {"keys": keys, "named": named, "parts": [describe(space[key], bins) for key in keys]}
     if isinstance(space, gym.spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
         low, step, sizes = space.low, (space.high.astype(float) - space.low) / (bins - 1), np.full(space.shape, bins)
         while (far := low + (bins - 1) * step > space.high).any():              # rounding: not an ulp too far
@@ -179,7 +174,8 @@ def describe(space, bins):
     elif isinstance(space, gym.spaces.MultiBinary):
         low, step, sizes = np.zeros(space.shape, int), np.ones(space.shape, int), np.full(space.shape, 2)
     else:
-        fail(f"action space {space} is not supported: bounded Box, Discrete, MultiDiscrete, MultiBinary, Tuple, Dict are")
+        fail(f"action space {space} is not supported; bounded Box, Discrete, MultiDiscrete, MultiBinary, Tuple and "
+             "Dict are")
     plain = lambda x: np.asarray(x).tolist()
     return {"low": plain(low), "step": plain(step), "sizes": plain(sizes), "dtype": str(space.dtype)}
 
@@ -197,10 +193,6 @@ def to_action(description, indices):
         ends = np.cumsum([len(action_sizes(part)) for part in description["parts"]])
         actions = [to_action(part, piece) for part, piece in zip(description["parts"], np.split(indices, ends[:-1]))]
         return dict(zip(description["keys"], actions)) if description["named"] else tuple(actions)
-    if "values" in description:
-        return description["values"][int(indices[0])]
-    if "camera" in description:
-        return camera_angle(divmod(int(indices[0]), CAMERA_BINS)).astype(np.float32)
     low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
     action = (low + np.reshape(indices, sizes.shape) * step).astype(description["dtype"])
     return action if sizes.shape else action[()]
@@ -211,10 +203,6 @@ def to_indices(description, action):
     if "parts" in description:
         return np.concatenate([to_indices(part, action[key])
                                for key, part in zip(description["keys"], description["parts"])])
-    if "values" in description:
-        return np.array([description["values"].index(str(action))], np.int16)
-    if "camera" in description:
-        return np.array([camera_bin(action) @ (CAMERA_BINS, 1)], np.int16)
     low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
     index = (np.asarray(action, float) - low) / np.where(step == 0, 1, step)
     return index.round().clip(0, sizes - 1).astype(np.int16).ravel()
@@ -224,26 +212,36 @@ def to_indices(description, action):
 # Environment
 
 class OldGym(gym.Env):
-    """An environment from before Gymnasium (MineRL, Crafter): reset() gives the observation, step() four values."""
+    """An environment from before Gymnasium (MineRL, Crafter): reset() gives the observation, step() four values.
+
+    MineRL's camera, two angles, becomes one component of 11 * 11 categories; names of items become their numbers.
+    """
 
     def __init__(self, env):
         self.env, self.action_space = env, self.modern(env.action_space)
         picture = getattr(env.observation_space, "spaces", {}).get("pov", env.observation_space)
         self.observation_space = gym.spaces.Box(0, 255, tuple(picture.shape), np.uint8)
 
-    def modern(self, space):
-        """The same action space in Gymnasium's classes; only names tell what the old one is."""
+    def modern(self, space, name=None):
+        """The action space in Gymnasium's classes; only names tell what the old one is."""
         kind = type(space).__name__.removesuffix("Space")
         if kind == "Dict":
-            return gym.spaces.Dict({name: self.modern(part) for name, part in space.spaces.items()})
+            return gym.spaces.Dict({name: self.modern(part, name) for name, part in space.spaces.items()})
+        if name == "camera":
+            return gym.spaces.Discrete(CAMERA_BINS ** 2)
         if kind == "Box":
             return gym.spaces.Box(space.low, space.high, space.shape, space.dtype)
         if kind not in ("Discrete", "Enum"):
             fail(f"action space {space} is not supported for environments of the old interface")
-        new = gym.spaces.Discrete(int(space.n))
-        if kind == "Enum":
-            new.values = space.values
-        return new
+        return gym.spaces.Discrete(int(space.n))
+
+    def old(self, space, action, name=None):
+        """An action of the modern space -> the same one of the old space."""
+        if isinstance(action, dict):
+            return {name: self.old(space.spaces[name], part, name) for name, part in action.items()}
+        if name == "camera":
+            return camera_angle(divmod(action, CAMERA_BINS)).astype(np.float32)
+        return str(space.values[action]) if hasattr(space, "values") else action
 
     def reset(self, seed=None, options=None):
         if seed is not None and hasattr(self.env, "seed"):
@@ -254,7 +252,7 @@ class OldGym(gym.Env):
         return observation["pov"] if isinstance(observation, dict) else observation, {}
 
     def step(self, action):
-        observation, reward, done, info = self.env.step(action)
+        observation, reward, done, info = self.env.step(self.old(self.env.action_space, action))
         cut = done and (info.get("TimeLimit.truncated", False) or info.get("discount", 0) > 0)
         frame = observation["pov"] if isinstance(observation, dict) else observation
         return frame, reward, done and not cut, cut, info
@@ -268,26 +266,26 @@ def make_env(cfg):
     if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):            # headless
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         os.environ.setdefault("MUJOCO_GL", "egl")
+    if not cfg.env:
+        fail("this run learns from recorded data and has no environment; give --env")
     family = next((name for name in ("MineRL", "Crafter", "ALE/") if cfg.env.startswith(name)), None)
     try:
         kwargs = json.loads(cfg.env_kwargs)
         if family == "MineRL":
             import gym as old_gym
             import minerl                                                     # registers its environments
-            env = OldGym(old_gym.make(cfg.env))
+            env = OldGym(old_gym.make(cfg.env, **kwargs))
         elif family == "Crafter":
             import crafter
             env = OldGym(crafter.Env(**kwargs))
         else:
             name = f"ale_py:{cfg.env}" if family == "ALE/" else cfg.env       # registered by importing ale_py
             env = gym.make(name, render_mode="rgb_array", disable_env_checker=True, **kwargs)
-    except gym.error.DependencyNotInstalled as error:
-        fail(f"--env {cfg.env}: {error}")
     except ImportError as error:
         package = {"MineRL": "minerl (it needs Java 8)", "Crafter": "crafter", "ALE/": "ale-py"}.get(family, error.name)
         fail(f"--env {cfg.env} is not installed ({error}); run: pip install {package}")
     except gym.error.Error as error:
-        fail(f"--env {cfg.env}: {error} (gymnasium.envs.registry lists the ids)")
+        fail(f"--env {cfg.env}: {error}")
     except (TypeError, ValueError) as error:
         fail(f"--env_kwargs {cfg.env_kwargs} does not fit {cfg.env}: {error}")
     if cfg.env.startswith("CarRacing") and isinstance(env.action_space, gym.spaces.Box):
@@ -296,15 +294,17 @@ def make_env(cfg):
     return env
 
 
-class PixelEnv(gym.Env):
-    """Frames (H, W, 3) uint8 in the environment's own size, actions as category indices, actions repeated.
+class PixelEnv(gym.Wrapper):
+    """Frames (H, W, 3) uint8 of cfg.image_size, actions as category indices, actions repeated.
 
-    After the end of an episode it stands still, so that a vector of environments can run on. With the frames' shape
-    given, nothing is drawn before the first reset.
+    After the end of an episode it stands still, so that a vector of environments can run on.
     """
 
-    def __init__(self, cfg, shape=None):
-        self.env, self.cfg = make_env(cfg), cfg
+    def __init__(self, cfg):
+        super().__init__(make_env(cfg))
+        if multiprocessing.parent_process():            # in a worker: threads of OpenMP do not survive a fork
+            torch.set_num_threads(1)
+        self.cfg = cfg
         self.description = describe(self.env.action_space, cfg.action_bins)
         space, inner = self.env.observation_space, self.env.unwrapped
         image = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and space.shape[2:] == (3,)
@@ -313,10 +313,10 @@ class PixelEnv(gym.Env):
             render, inner._render = inner._render, lambda mode: None             # the frames that are looked at
             self.draw = lambda: render("state_pixels")
         self.action_space = gym.spaces.MultiDiscrete(action_sizes(self.description))
-        self.observation_space = gym.spaces.Box(0, 255, shape or self.reset(seed=0)[0].shape, np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
 
     def frame(self, observation):
-        self.last = np.asarray(self.draw() if self.draw else observation)[..., :3]
+        self.last = resize(np.asarray(self.draw() if self.draw else observation)[..., :3], self.cfg.image_size)
         return self.last
 
     def reset(self, seed=None, options=None):
@@ -337,15 +337,6 @@ class PixelEnv(gym.Env):
         self.ended = (terminated, truncated) if terminated or truncated else None
         return self.frame(observation), total, terminated, truncated, {}
 
-    def close(self):
-        self.env.close()
-
-
-def frame_shape(cfg):
-    env = PixelEnv(cfg)
-    env.close()
-    return env.observation_space.shape
-
 
 def resize(frames, size):
     """uint8 frames (..., H, W, 3) -> (..., *size, 3), antialiased."""
@@ -360,10 +351,11 @@ class RandomPolicy:
     """Random but useful: every action component is held for a while; some episodes change it in every step."""
 
     def __init__(self, cfg, seed):
-        self.cfg, self.rng = cfg, np.random.default_rng(seed)
+        self.cfg, self.seed = cfg, seed
 
-    def reset(self, count):
-        A = len(self.cfg.action_spec)
+    def reset(self, seeds):
+        """Episodes begin. Their random numbers follow from the environments' seeds, whatever was played before."""
+        self.rng, count, A = np.random.default_rng((self.seed, seeds[0])), len(seeds), len(self.cfg.action_spec)
         self.left, self.action = np.zeros((count, A), int), np.zeros((count, A), np.int16)
         self.longest = np.where(self.rng.random((count, 1)) < self.cfg.uniform_share, 1, self.cfg.hold)
 
@@ -381,13 +373,13 @@ class AgentPolicy:
     def __init__(self, tokenizer, agent, cfg, seed, random_share=0.0):
         self.tokenizer, self.agent, self.random_share = tokenizer, agent, random_share
         self.device = next(agent.parameters()).device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.random = RandomPolicy(cfg, seed)
 
-    def reset(self, count):
+    def reset(self, seeds):
+        self.random.reset(seeds)
+        self.generator = torch.Generator(self.device).manual_seed(int(self.random.rng.integers(2**31)))
         self.cache, self.dream = Cache(), self.agent.dream(generator=self.generator, k=1)
         self.values = []                                                    # v_t of every step, for evaluation
-        self.random.reset(count)
 
     @torch.no_grad()
     def act(self, frames, actions):
@@ -399,32 +391,31 @@ class AgentPolicy:
         return np.where(explore, self.random.act(frames, actions), action).astype(np.int16)
 
 
-def play(cfg, policy, seeds):
+def play(cfg, policy, seeds, done=lambda seed: False):
     """Plays one episode per seed, cfg.envs at a time; yields (seed, episode) with the arrays of an episode file.
 
-    Episodes of agents also carry "values" (T,), what the value head expected at every frame.
+    Where all of those that are played together are done already, they are left out. Episodes of agents also carry
+    "values" (T,), what the value head expected at every frame.
     """
     seeds, count = list(seeds), min(cfg.envs, len(seeds))
-    if not count:
-        return
-    with ProcessPoolExecutor(1) as probe:           # elsewhere: a process that has drawn with OpenGL must not fork
-        shape = probe.submit(frame_shape, cfg).result()
-    envs = gym.vector.AsyncVectorEnv([lambda: PixelEnv(cfg, shape)] * count, autoreset_mode="Disabled")
+    envs = gym.vector.AsyncVectorEnv([lambda: PixelEnv(cfg)] * count, autoreset_mode="Disabled")
     try:
         for start in range(0, len(seeds), count):
             wave = (seeds[start:] + [seeds[-1]] * count)[:count]              # the last wave may repeat a seed
-            frames = [resize(envs.reset(seed=wave)[0], cfg.image_size)]
+            if all(map(done, wave)):
+                continue
+            frames = [envs.reset(seed=wave)[0]]
             actions, rewards = [np.full((count, len(cfg.action_spec)), -1, np.int16)], [np.zeros(count)]
             ended, terminal = np.zeros(count, int), np.zeros(count, bool)
-            policy.reset(count)
+            policy.reset(wave)
             while not ended.all():
                 check_stop()
                 actions.append(policy.act(frames[-1], actions[-1]))
-                frame, reward, done, cut, _ = envs.step(actions[-1])
-                frames.append(resize(frame, cfg.image_size))
+                frame, reward, over, cut, _ = envs.step(actions[-1])
+                frames.append(frame)
                 rewards.append(reward)
-                terminal |= done
-                ended[(done | cut) & (ended == 0)] = len(frames)
+                terminal |= over
+                ended[(over | cut) & (ended == 0)] = len(frames)
             for i, seed in enumerate(seeds[start:start + count]):
                 T = ended[i]
                 cut_off = lambda rows, dtype: np.stack([row[i] for row in rows[:T]]).astype(dtype)
@@ -461,21 +452,18 @@ def write_file(path, write):
 class Episode(dict):
     """The arrays of one episode; frames that memory has no room for are deleted here, and read when asked for."""
 
-    def __init__(self, arrays, path, cfg):
-        super().__init__(arrays)
-        self.path, self.cfg = path, cfg
-
     def __missing__(self, name):
-        return load_episode(self.path, self.cfg)[name]
+        return load_episode(*self["source"])[name]
 
 
 def load_episode(path, cfg):
     """Reads and checks one episode file; the format is in the README."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            episode = Episode({name: file[name] for name in ("frames", "actions", "rewards", "terminal")}, path, cfg)
+            arrays = {name: file[name] for name in ("frames", "actions", "rewards", "terminal")}
     except Exception as error:
         fail(f"episode file {path} is damaged or no episode ({error}); delete it or make it again")
+    episode = Episode(arrays, source=(path, cfg))
     T, A = episode["rewards"].size, len(cfg.action_spec)
     if T == 0:
         fail(f"episode file {path} has no frames; delete it or make it again")
@@ -531,9 +519,10 @@ class Data:
             cached = folder / f"{path.stem}.npy"
             try:
                 episode["latents"] = np.load(cached, mmap_mode="c", allow_pickle=False)
-                assert len(episode["latents"]) == len(episode["rewards"])
-                assert cached.stat().st_mtime >= path.stat().st_mtime
-            except (OSError, ValueError, EOFError, AssertionError):                  # not there, or damaged
+                if (len(episode["latents"]) != len(episode["rewards"])
+                        or cached.stat().st_mtime < path.stat().st_mtime):
+                    raise ValueError("of another episode")
+            except (OSError, ValueError, EOFError):                                  # not there, or damaged
                 episode["latents"] = encode(tokenizer, episode["frames"])
                 count += len(episode["rewards"])
                 if main_process():
@@ -554,7 +543,8 @@ class Data:
         chances = np.array([len(e["rewards"]) - T + 1 for e in long], float)
         recent = chances * [id(e) in self.recent for e in long]
         if recent.any():
-            chances = (1 - self.cfg.recent_share) * chances / chances.sum() + self.cfg.recent_share * recent / recent.sum()
+            share = self.cfg.recent_share
+            chances = (1 - share) * chances / chances.sum() + share * recent / recent.sum()
         windows = []
         for index in rng.choice(len(long), B, p=chances / chances.sum()):
             episode = long[index]
@@ -565,8 +555,7 @@ class Data:
             windows.append((episode, slice(start, start + T)))
         batch = {name: np.stack([e[name][window] for e, window in windows]) for name in names}
         continues = np.ones((B, T), np.float32)
-        for row, (e, window) in enumerate(windows):
-            continues[row, -1] = not (e["terminal"] and window.stop == len(e["rewards"]))
+        continues[:, -1] = [not (e["terminal"] and window.stop == len(e["rewards"])) for e, window in windows]
         return batch | {"continues": continues}
 
 
@@ -585,9 +574,9 @@ def encode(tokenizer, frames, chunk=32):
 
 
 @torch.no_grad()
-def decode(tokenizer, latents, chunk=32):
-    """Streams latents (B, T, N, Z) through the decoder -> frames (B, T, H, W, 3) uint8."""
-    cache, latents = Cache(), torch.as_tensor(latents).to(next(tokenizer.parameters()).device).float()
+def decode(tokenizer, latents, chunk=32, cache=None):
+    """Streams latents (B, T, N, Z) through the decoder -> frames (B, T, H, W, 3) uint8. cache: of a stream to go on."""
+    cache, latents = cache or Cache(), torch.as_tensor(latents).to(next(tokenizer.parameters()).device).float()
     pieces = [tokenizer.decode(latents[:, t:t + chunk], cache) for t in range(0, latents.shape[1], chunk)]
     return (torch.cat(pieces, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
 
@@ -595,10 +584,9 @@ def decode(tokenizer, latents, chunk=32):
 def load_checkpoint(path):
     """Reads a checkpoint (tensors and plain values only)."""
     try:
-        if Path(path).is_file():                            # torch does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                if name := archive.testzip():
-                    raise ValueError(f"checksum of {name}")
+        with zipfile.ZipFile(path) as archive:              # torch does not look at the checksums
+            if name := archive.testzip():
+                raise ValueError(f"checksum of {name}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"checkpoint {path} does not exist; train it first, or give another --checkpoint")
@@ -629,10 +617,6 @@ def main_process():
 def say(text):
     if main_process():
         print(text, flush=True)
-
-
-def model_config(cfg):
-    return Config(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
 
 
 class Run:
@@ -686,15 +670,15 @@ class Run:
             write_file(self.path(name), lambda file: torch.save(state, file))
             self.remember()
 
-    def load(self, name, phase=None):
-        """The checkpoint, checked against this run; None where there is none, unless a phase is named to run."""
-        if not self.path(name).exists():
-            if phase:
-                fail(f"{self.path(name)} is missing; run first: python train.py --phase {phase} "
-                     f"--run {self.folder}")
-            return None
-        state = load_checkpoint(self.path(name))
-        adopt(self, state, self.path(name))
+    def load(self, name, phase=None, steps=0):
+        """The checkpoint, checked against this run; None where there is none, unless it must hold a finished phase."""
+        path, state = self.path(name), None
+        if path.exists():
+            state = load_checkpoint(path)
+            adopt(self, state, path)
+        if phase and (state is None or state["phase"] == phase and state["step"] < steps):
+            fail(f"{path} is {'not finished' if state else 'missing'}; run first: python train.py --phase {phase} "
+                 f"--run {self.folder}")
         return state
 
     def use(self, module):
@@ -716,7 +700,7 @@ class Run:
 def adopt(run, state, path):
     """Takes the architecture from a checkpoint; refuses flags and action spaces that contradict it."""
     names = {field.name for field in dataclasses.fields(Config)} - TUNABLE
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in state["config"].items()}
+    saved = state["config"]
     for name in names & set(run.overrides):
         if saved[name] != getattr(run.cfg, name):
             fail(f"--{name} {getattr(run.cfg, name)} contradicts {path}, made with {saved[name]}; "
@@ -742,10 +726,9 @@ class Loop:
     random state of step n follows from (seed, phase, round, n), so that a resumed run draws the same numbers.
     """
 
-    def __init__(self, run, phase, file, model, steps, lr, state=None, resume=True, names=("model", "ema"),
-                 kept={}):
-        """state: a checkpoint whose weights go on, with resume its optimizer and step too; names: the entries
-        of weights and averaged weights (left out: no averaging); kept: other entries to store."""
+    def __init__(self, run, phase, file, model, steps, lr, state=None, names=("model", "ema"), kept={}):
+        """state: a checkpoint whose weights go on, its optimizer and step too if it is of this phase and round; names:
+        the entries of weights and averaged weights (left out: no averaging); kept: other entries to store."""
         self.run, self.phase, self.file, self.model, self.names = run, phase, file, model.to(run.device), names
         self.steps, self.lr, self.kept, cfg = steps, lr, kept, run.cfg
         self.ema = frozen(model) if len(names) > 1 else None
@@ -760,7 +743,7 @@ class Loop:
         if matrices:
             self.optimizers.append(torch.optim.Muon(matrices, lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.first = 0
-        if state and resume:
+        if state and (state["round"], state["phase"]) == (run.round, phase):
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
             self.first = state["step"]
@@ -780,7 +763,8 @@ class Loop:
         for self.step in range(self.first, self.steps):
             self.rng = self.run.seeded(self.phase, self.step)
             yield self.step
-            flags = torch.tensor([bool(STOP), time.time() - self.saved > self.run.cfg.save_seconds], device=self.run.device)
+            old = time.time() - self.saved > self.run.cfg.save_seconds
+            flags = torch.tensor([bool(STOP), old], device=self.run.device)
             if self.run.world > 1:                                           # all processes stop and save together
                 dist.all_reduce(flags, dist.ReduceOp.MAX)
             stop, due = flags.tolist()
@@ -847,44 +831,52 @@ def collect(run, policy_file=None):
     if policy_file and run.round == 0:                # by hand: append after whatever is there
         first = len(list(run.path("data").glob("*.npz")))
     seeds = [run.seed * 100_000 + i for i in range(first, first + wanted)]
-    seeds = [seed for seed in seeds if not name(seed).exists()]
-    if not seeds or not main_process():                       # one process collects, the others wait
+    done = lambda seed: name(seed).exists()
+    missing = wanted - sum(map(done, seeds))
+    if not missing or not main_process():                     # one process collects, the others wait
         say(f"[collect] finished before: the {wanted} episodes of round {run.round} are there")
         return
     seed = run.seed * 1000 + run.round
-    policy = RandomPolicy(cfg, (seed, seeds[0])) if not policy_file else \
-        load_policy(run, policy_file, seed, cfg.policy_random)
+    policy = RandomPolicy(cfg, seed)
+    if policy_file:
+        tokenizer, agent, _ = load_agent(run, policy_file)
+        policy = AgentPolicy(tokenizer, agent, cfg, seed, cfg.policy_random)
     began, frames, returns = time.time(), 0, []
-    for seed, episode in play(cfg, policy, seeds):
+    for seed, episode in play(cfg, policy, seeds, done):
+        if done(seed):
+            continue
         episode.pop("values", None)
         if not returns:
             run.remember()
         write_file(name(seed), lambda file: np.savez_compressed(file, **episode))
         frames += len(episode["frames"])
         returns.append(float(episode["rewards"].sum()))
-        if len(returns) % cfg.envs == 0 or len(returns) == len(seeds):
+        if len(returns) % cfg.envs == 0 or len(returns) == missing:
             rate = frames / (time.time() - began)
-            say(f"[collect] {len(returns)}/{len(seeds)} episodes, {frames} frames at {rate:.0f} frames/s, "
+            say(f"[collect] {len(returns)}/{missing} episodes, {frames} frames at {rate:.0f} frames/s, "
                 f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}")
             run.log("collect", episodes=len(returns), frames=frames, frames_per_s=round(rate, 1),
                     return_mean=float(np.mean(returns)))
 
 
-def finished(phase, state, steps, picture=None):
-    """Whether a checkpoint (or None) has all steps of the phase, and the phase its picture."""
-    done = state is not None and state["step"] >= steps and (picture is None or picture.exists())
+def finished(run, phase, state, steps, picture=None):
+    """Whether a checkpoint (or None) is from a later phase or round, or has all steps and the phase its picture."""
+    if state is None:
+        return False
+    here, there = (run.round, PHASES.index(phase)), (state["round"], PHASES.index(state["phase"]))
+    done = there > here or there == here and state["step"] >= steps and (picture is None or picture.exists())
     if done:
-        say(f"[{phase}] finished before, at step {state['step']}")
+        say(f"[{phase}] finished before")
     return done
 
 
 def train_tokenizer(run):
     cfg, state = run.cfg, run.load("tokenizer.pt")
-    if finished("tokenizer", state, cfg.tokenizer_steps, run.path("tokenizer.png")):
+    if finished(run, "tokenizer", state, cfg.tokenizer_steps, run.path("tokenizer.png")):
         return
     data = run.data()
     run.seeded("tokenizer")
-    model = Tokenizer(model_config(cfg))
+    model = Tokenizer(cfg)
     loop = Loop(run, "tokenizer", "tokenizer.pt", model, cfg.tokenizer_steps, cfg.tokenizer_lr, state)
     B, T = cfg.tokenizer_batch, cfg.tokenizer_length
     for step in loop:
@@ -894,8 +886,17 @@ def train_tokenizer(run):
         with run.autocast():
             loss, metrics = loop.train(to_images(batch["frames"], run.device), batch["mask"])
         loop.update(loss, metrics, B * T)
-    psnr = tokenizer_report(run, run.use(loop.ema), data)
-    say(f"[tokenizer] PSNR on held-out episodes {psnr:.2f} dB; see {run.path('tokenizer.png')}")
+    tokenizer, scores, columns = run.use(loop.ema), [], []
+    for episode in data.held_out[:8]:
+        truth, t = episode["frames"], len(episode["frames"]) // 2
+        output = decode(tokenizer, encode(tokenizer, truth)[None])[0]
+        scores.append(psnr(truth, output))
+        columns.append(np.concatenate((truth[t], output[t]), 0))
+    picture = np.concatenate(columns, 1).repeat(3, 0).repeat(3, 1)               # truth above, reconstruction below
+    if main_process():
+        write_file(run.path("tokenizer.png"), lambda file: imageio.imwrite(file, picture, extension=".png"))
+    run.log("tokenizer", psnr=float(np.mean(scores)))
+    say(f"[tokenizer] PSNR on held-out episodes {np.mean(scores):.2f} dB; see {run.path('tokenizer.png')}")
 
 
 def sequence_shapes(cfg, step):
@@ -908,12 +909,12 @@ def sequence_shapes(cfg, step):
 
 def train_dynamics(run):
     cfg, state = run.cfg, run.load("dynamics.pt")
-    if finished("dynamics", state, cfg.dynamics_steps, run.path("dynamics.gif")):
+    if finished(run, "dynamics", state, cfg.dynamics_steps, run.path("dynamics.gif")):
         return
-    data, tokenizer = run.data(), load_tokenizer(run)
+    tokenizer, data = load_tokenizer(run), run.data()
     data.encode(tokenizer, run.folder)
     run.seeded("dynamics")
-    model = Dynamics(model_config(cfg))
+    model = Dynamics(cfg)
     loop = Loop(run, "dynamics", "dynamics.pt", model, cfg.dynamics_steps, cfg.dynamics_lr, state)
     for step in loop:
         B, T = sequence_shapes(cfg, step)
@@ -929,21 +930,19 @@ def train_dynamics(run):
 def train_agent(run):
     """Phase 2. Continues from dynamics.pt in round 0, from the round before later."""
     cfg, state = run.cfg, run.load("agent.pt")
-    here = state is not None and (state["round"], state["phase"]) == (run.round, "agent")
-    later = state is not None and not here and state["round"] >= run.round    # phase 3 of this round, or a later round
-    if later or finished("agent", state if here else None, cfg.agent_steps, run.path("agent.gif")):
+    if finished(run, "agent", state, cfg.agent_steps, run.path("agent.gif")):
         return
-    data, tokenizer = run.data(), load_tokenizer(run)
+    tokenizer, data = load_tokenizer(run), run.data()
     data.encode(tokenizer, run.folder)
     run.seeded("agent")
-    model = Agent(model_config(cfg))
+    model = Agent(cfg)
     model.value_head.requires_grad_(False)                              # learns in imagination
     if not state:                              # the first round starts from the dynamics, later ones from the last
-        model.dynamics.load_state_dict(complete(run, "dynamics.pt", "dynamics", cfg.dynamics_steps)["ema"])
+        model.dynamics.load_state_dict(run.load("dynamics.pt", "dynamics", cfg.dynamics_steps)["ema"])
     kept = {"tokenizer": tokenizer.state_dict()}
-    if state and "heads" in state:                                      # of the round before
-        kept["heads"] = state["heads"]
-    loop = Loop(run, "agent", "agent.pt", model, cfg.agent_steps, cfg.dynamics_lr, state, here, kept=kept)
+    if state and "heads" in state:                                      # the value goes on from the round before
+        kept["heads"] = {name: x for name, x in state["heads"].items() if name.startswith("value_head")}
+    loop = Loop(run, "agent", "agent.pt", model, cfg.agent_steps, cfg.dynamics_lr, state, kept=kept)
     for step in loop:
         B, T = sequence_shapes(cfg, step)
         batch = data.sample(loop.rng, B, T, ["latents", "actions", "rewards"], cfg.rewarded_share)
@@ -984,23 +983,20 @@ class Imagination(nn.Module):
 
 def train_imagination(run):
     """Phase 3: the transformer is frozen; policy and value head learn on what model and policy dream up."""
-    cfg, state = run.cfg, run.load("agent.pt", "agent")
-    here = (state["round"], state["phase"]) == (run.round, "imagination")
-    if state["round"] > run.round or finished("imagination", state if here else None, cfg.imagination_steps):
+    cfg = run.cfg
+    if finished(run, "imagination", run.load("agent.pt"), cfg.imagination_steps):
         return
-    if not here:
-        complete(run, "agent.pt", "agent", cfg.agent_steps)
+    state = run.load("agent.pt", "agent", cfg.agent_steps)
     data = run.data()
     data.encode(load_tokenizer(run), run.folder)
-    agent = Agent(model_config(cfg))
+    agent = Agent(cfg)
     agent.load_state_dict(state["ema"])
     agent = run.use(agent)
     model = Imagination(agent)                                         # keeps the cloned policy as its prior
-    if not here and "heads" in state:            # a new round: the value goes on, the policy starts as the clone
+    if state["phase"] == "agent" and "heads" in state:                  # a new round: the policy starts as the clone
         state["heads"] |= {f"policy_head.{name}": x for name, x in agent.policy_head.state_dict().items()}
     kept = {name: state[name] for name in ("tokenizer", "model", "ema")}
-    loop = Loop(run, "imagination", "agent.pt", model, cfg.imagination_steps, cfg.policy_lr, state, here, ("heads",),
-                kept)
+    loop = Loop(run, "imagination", "agent.pt", model, cfg.imagination_steps, cfg.policy_lr, state, ("heads",), kept)
     for step in loop:
         batch = run.rows(data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
                                      cfg.rewarded_share))
@@ -1019,18 +1015,9 @@ def train_imagination(run):
 
 # --- measuring
 
-def complete(run, name, phase, steps):
-    """The checkpoint of a phase that has all its steps."""
-    state = run.load(name, phase)
-    if state["step"] < steps:
-        fail(f"{run.path(name)} stands at step {state['step']} of {steps}; run first: python train.py --phase {phase} "
-             f"--run {run.folder}")
-    return state
-
-
 def load_tokenizer(run):
-    tokenizer = Tokenizer(model_config(run.cfg))
-    tokenizer.load_state_dict(complete(run, "tokenizer.pt", "tokenizer", run.cfg.tokenizer_steps)["ema"])
+    tokenizer = Tokenizer(run.cfg)
+    tokenizer.load_state_dict(run.load("tokenizer.pt", "tokenizer", run.cfg.tokenizer_steps)["ema"])
     return run.use(tokenizer)
 
 
@@ -1040,18 +1027,12 @@ def load_agent(run, path):
     if "tokenizer" not in state:
         fail(f"checkpoint {path} holds no agent; give agent.pt, or run: python train.py --phase agent")
     adopt(run, state, path)
-    tokenizer, agent = Tokenizer(model_config(run.cfg)), Agent(model_config(run.cfg))
-    tokenizer.load_state_dict({name: x.float() for name, x in state["tokenizer"].items()})
-    agent.load_state_dict({name: x.float() for name, x in state["ema"].items()})
+    tokenizer, agent = Tokenizer(run.cfg), Agent(run.cfg)
+    tokenizer.load_state_dict(state["tokenizer"])
+    agent.load_state_dict(state["ema"])
     cloned = frozen(agent.policy_head).to(run.device)
-    if "heads" in state:
-        agent.load_state_dict({name: x.float() for name, x in state["heads"].items()}, strict=False)
+    agent.load_state_dict(state.get("heads", {}), strict=False)
     return run.use(tokenizer), run.use(agent), cloned
-
-
-def load_policy(run, path, seed, random_share=0.0):
-    tokenizer, agent, _ = load_agent(run, path)
-    return AgentPolicy(tokenizer, agent, run.cfg, seed, random_share)
 
 
 def psnr(a, b):
@@ -1062,22 +1043,6 @@ def psnr(a, b):
 
 def correlation(a, b):
     return float(np.corrcoef(a, b)[0, 1]) if min(np.std(a), np.std(b)) > 1e-8 else 0.0
-
-
-def tokenizer_report(run, tokenizer, data, episodes=8):
-    """PSNR of held-out episodes, streamed; writes tokenizer.png: truth above, reconstruction below."""
-    scores, columns = [], []
-    for episode in data.held_out[:episodes]:
-        frames = episode["frames"]
-        output = decode(tokenizer, encode(tokenizer, frames)[None])[0]
-        scores.append(psnr(frames, output))
-        middle = len(frames) // 2
-        columns.append(np.concatenate((frames[middle], output[middle]), 0))
-    if main_process():
-        picture = np.concatenate(columns, 1).repeat(3, 0).repeat(3, 1)
-        write_file(run.path("tokenizer.png"), lambda file: imageio.imwrite(file, picture, extension=".png"))
-        run.log("tokenizer", psnr=float(np.mean(scores)))
-    return float(np.mean(scores))
 
 
 @torch.no_grad()
@@ -1145,15 +1110,16 @@ def write_video(path, frames, scale=2, fps=12):
     write_file(path, lambda file: file.write(imageio.imwrite("<bytes>", frames, extension=kind, **options)))
 
 
-def held_out_episodes(run, tokenizer):
-    """Held-out episodes with latents; where the run has no data, a few fresh ones of random interaction."""
+def held_out_episodes(run, tokenizer, agent):
+    """Held-out episodes with latents; where the run has no data, a few fresh ones that the policy plays."""
     if len(list(run.path("data").glob("*.npz"))) >= 2:
         data = run.data()
         data.encode(tokenizer, run.folder)
         return data.held_out
-    say(f"{run.path('data')} holds no episodes: playing 4 at random for contexts")
+    say(f"{run.path('data')} holds no episodes: the policy plays 4 for contexts")
     seeds = [EVALUATION_SEEDS - 1 - i for i in range(4)]
-    episodes = [e for _, e in play(run.cfg, RandomPolicy(run.cfg, run.seed), seeds)]
+    policy = AgentPolicy(tokenizer, agent, run.cfg, run.seed, run.cfg.policy_random)
+    episodes = [e for _, e in play(run.cfg, policy, seeds)]
     for episode in episodes:
         episode["latents"] = encode(tokenizer, episode["frames"])
     return episodes
@@ -1178,15 +1144,6 @@ def dream_metrics(run, tokenizer, agent, episodes, context=4, ahead=16, count=32
             "latent_mean_real": float(real.mean()), "latent_mean_dream": float(z.mean())}
 
 
-def discounted_returns(rewards, gamma):
-    """rewards (T,) received on arriving -> the discounted return (T,) still to come at every frame."""
-    returns, last = np.zeros(len(rewards), np.float32), 0.0
-    for t in reversed(range(len(rewards) - 1)):
-        last = rewards[t + 1] + gamma * last
-        returns[t] = last
-    return returns
-
-
 def values_and_returns(episode, cfg):
     """What the value head expected and the discounted return that came, at every frame whose return is known.
 
@@ -1195,7 +1152,9 @@ def values_and_returns(episode, cfg):
     """
     T = len(episode["rewards"])
     known = T if episode["terminal"] else T - min(round(2 / max(1 - cfg.gamma, 1e-6)), T // 2)
-    return episode["values"][:known], discounted_returns(episode["rewards"], cfg.gamma)[:known]
+    rewards = torch.as_tensor(episode["rewards"][None, 1:])
+    returns = lambda_returns(rewards, torch.zeros(1, T), torch.ones(1, T - 1), cfg.gamma, lam=1.0)[0].numpy()
+    return episode["values"][:known], np.append(returns, np.float32(0))[:known]
 
 
 def evaluate(run, path, video):
@@ -1203,15 +1162,12 @@ def evaluate(run, path, video):
     began, cfg = time.time(), run.cfg
     tokenizer, agent, cloned = load_agent(run, path)
     seeds = [EVALUATION_SEEDS + run.seed * 1000 + i for i in range(cfg.eval_episodes)]
+    clone = frozen(agent)
+    clone.policy_head = cloned
+    policies = {"random": RandomPolicy(cfg, run.seed), "bc": AgentPolicy(tokenizer, clone, cfg, run.seed),
+                "return": AgentPolicy(tokenizer, agent, cfg, run.seed)}
     results, played = {}, {}
-    for name in ("random", "bc", "return"):
-        policy = RandomPolicy(cfg, run.seed)
-        if name != "random":
-            player = agent
-            if name == "bc":
-                player = frozen(agent)
-                player.policy_head = cloned
-            policy = AgentPolicy(tokenizer, player, cfg, run.seed)
+    for name, policy in policies.items():
         played[name] = sorted(play(cfg, policy, seeds), key=lambda pair: pair[0])
         returns = np.array([e["rewards"].sum() for _, e in played[name]])
         results |= {f"{name}_mean": float(returns.mean()),
@@ -1221,7 +1177,7 @@ def evaluate(run, path, video):
     torch.manual_seed(run.seed)
     for e in episodes:
         e["latents"] = encode(tokenizer, e["frames"])
-    held_out = held_out_episodes(run, tokenizer)
+    held_out = held_out_episodes(run, tokenizer, agent)
     results |= {"episodes": len(episodes),
                 "tokenizer_psnr": float(np.mean([psnr(e["frames"], decode(tokenizer, e["latents"][None])[0])
                                                  for e in held_out])),
@@ -1251,7 +1207,7 @@ def evaluate(run, path, video):
 
 def dream(run, path, length, video):
     tokenizer, agent, _ = load_agent(run, path)
-    episodes = held_out_episodes(run, tokenizer)
+    episodes = held_out_episodes(run, tokenizer, agent)
     write_dream(run, tokenizer, agent.dream(run.cfg.k), episodes, video, 4, length, agent)
     say(f"[dream] {video}: truth above, dream below, same actions; the policy goes on where the truth ends")
 
@@ -1259,72 +1215,63 @@ def dream(run, path, length, video):
 class Player:
     """The dreams of the browser tabs: start, step and stop one; a tab that falls silent is forgotten."""
 
-    def __init__(self, run, path, tabs=8, silence=60):
-        self.cfg, self.tabs, self.silence, self.open, self.lock = run.cfg, tabs, silence, {}, threading.Lock()
+    def __init__(self, run, path):
         self.tokenizer, self.agent, _ = load_agent(run, path)
-        self.episodes, self.device = held_out_episodes(run, self.tokenizer), run.device
-        self.rng = np.random.default_rng()
+        self.episodes, self.device = held_out_episodes(run, self.tokenizer, self.agent), run.device
+        self.cfg, self.open, self.rng = run.cfg, {}, np.random.default_rng()
 
     def start(self, session=None):
         """A new dream from a random context, in the place of the session's old one."""
-        with self.lock:
-            self.open = {name: tab for name, tab in self.open.items()
-                         if name != session and time.time() - tab["seen"] < self.silence}
-            if len(self.open) >= self.tabs:
-                raise ValueError(f"{self.tabs} tabs are dreaming already; close one")
-            batch = windows([self.episodes[self.rng.integers(len(self.episodes))]], self.rng, 1, 8)
-            z, actions = (torch.as_tensor(batch[name], device=self.device) for name in ("latents", "actions"))
-            tab = {"dream": self.agent.dream(1), "cache": Cache(), "frame": 0, "name": secrets.token_urlsafe(16)}
-            tab["h"] = tab["dream"].reset(z.float(), actions)
-            self.picture(tab, z[:, :-1])
-            self.open[tab["name"]] = tab
-            return self.show(tab, z[:, -1:]) | {"session": tab["name"],
-                                                "steps": [k for k in (1, 2, 4, 8) if k <= self.cfg.k_max]}
+        self.open = {name: tab for name, tab in self.open.items()
+                     if name != session and time.time() - tab["seen"] < 60}
+        if len(self.open) >= 8:
+            raise ValueError("8 tabs are dreaming already; close one")
+        batch = windows([self.episodes[self.rng.integers(len(self.episodes))]], self.rng, 1, 8)
+        z, actions = (torch.as_tensor(batch[name], device=self.device) for name in ("latents", "actions"))
+        tab = {"dream": self.agent.dream(1), "cache": Cache(), "frame": 0}
+        tab["h"], name = tab["dream"].reset(z.float(), actions), secrets.token_urlsafe(16)
+        self.open[name] = tab
+        return self.show(tab, z) | {"session": name, "steps": [k for k in (1, 2, 4, 8) if k <= self.cfg.k_max]}
 
     def step(self, session, k, policy, x, y, digit=None):
         """The next frame. x, y in {-1, 0, 1}: keys for the first two action components; digit: a category."""
-        with self.lock:
-            tab = self.open.get(session)
-            if tab is None:
-                raise KeyError("this dream was forgotten; it starts again")
-            if k not in (1, 2, 4, 8) or k > self.cfg.k_max or x not in (-1, 0, 1) or y not in (-1, 0, 1):
-                raise ValueError("k, x or y is out of range")
-            action = self.agent.sample(self.agent.policy(tab["h"]))
-            if not policy:
-                action[0] = 0
-                for i, (key, count) in enumerate(zip((x, y), self.cfg.action_spec)):
-                    action[0, i] = round((key + 1) / 2 * (count - 1))
-                if digit is not None:
-                    action[0, 0] = min(max(int(digit), 0), self.cfg.action_spec[0] - 1)
-            tab["dream"].k, tab["frame"] = k, tab["frame"] + 1
-            z, tab["h"] = tab["dream"].step(action)
-            return self.show(tab, z[:, None])
+        tab = self.open[session]
+        if k not in (1, 2, 4, 8) or k > self.cfg.k_max or x not in (-1, 0, 1) or y not in (-1, 0, 1):
+            raise ValueError("k, x or y is out of range")
+        action = self.agent.sample(self.agent.policy(tab["h"]))
+        if not policy:
+            action[0] = 0
+            for i, (key, count) in enumerate(zip((x, y), self.cfg.action_spec)):
+                action[0, i] = round((key + 1) / 2 * (count - 1))
+            if digit is not None:
+                action[0, 0] = min(max(int(digit), 0), self.cfg.action_spec[0] - 1)
+        tab["dream"].k, tab["frame"] = k, tab["frame"] + 1
+        z, tab["h"] = tab["dream"].step(action)
+        return self.show(tab, z[:, None])
 
     def stop(self, session):
-        with self.lock:
-            self.open.pop(session, None)
-            return {}
-
-    def picture(self, tab, z):
-        with torch.no_grad():
-            return self.tokenizer.decode(z.float(), tab["cache"])
+        if session in self.open:
+            del self.open[session]
+        return {}
 
     def show(self, tab, z):
-        tab["seen"] = time.time()
-        pixels = (self.picture(tab, z)[0, -1] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        with torch.no_grad():
-            numbers = {name: float(getattr(self.agent, name)(tab["h"])) for name in ("reward", "continuation", "value")}
-        return {"pixels": base64.b64encode(pixels.tobytes()).decode(), "size": pixels.shape[:2],
-                "frame": tab["frame"], **numbers}
+        """Decodes the frames z, with which the tab's video goes on; the last of them, and what the heads say of it."""
+        tab["seen"], pixels = time.time(), decode(self.tokenizer, z, cache=tab["cache"])[0, -1]
+        return {"pixels": base64.b64encode(pixels.tobytes()).decode(), "size": pixels.shape[:2], "frame": tab["frame"],
+                **{name: float(getattr(self.agent, name)(tab["h"])) for name in ("reward", "continuation", "value")}}
 
 
 def serve(run, path, port):
     """One page on 127.0.0.1. Only pages of this server may talk to it: foreign hosts and origins are refused."""
-    player = Player(run, path)
+    player, one_at_a_time = Player(run, path), threading.Lock()
     page = (Path(__file__).parent / "assets" / "play.html").read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version, timeout = "HTTP/1.1", 60
+
+        def handle(self):
+            with contextlib.suppress(ConnectionError):                      # a tab that is closed while it waits
+                super().handle()
 
         def answer(self, status, body, kind="text/plain; charset=utf-8"):
             self.send_response(status)
@@ -1356,9 +1303,10 @@ def serve(run, path, port):
                 return self.answer(400, b"the body must be a small JSON object")
             body, self.close_connection = self.rfile.read(int(length)), False
             try:
-                answer = getattr(player, self.path[1:])(**json.loads(body))
-            except KeyError as error:
-                return self.answer(410, str(error.args[0]).encode())
+                with one_at_a_time:
+                    answer = getattr(player, self.path[1:])(**json.loads(body))
+            except KeyError:
+                return self.answer(410, b"this dream was forgotten; it starts again")
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 return self.answer(400, f"bad request: {error}".encode())
             self.answer(200, json.dumps(answer).encode(), "application/json")
@@ -1370,29 +1318,24 @@ def serve(run, path, port):
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
         fail(f"--port {port}: {error.strerror}; choose another one")
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.timeout = 0.2
     say(f"[play] open http://127.0.0.1:{server.server_address[1]} (Ctrl-C ends it)")
     while not STOP:
-        time.sleep(0.2)
-    server.shutdown()
+        server.handle_request()
 
 
 def bench(run):
     """Speed of everything on this machine, in one run."""
+    from torch.utils.benchmark import Timer
     from torch.utils.flop_counter import FlopCounterMode
 
     cfg, results = run.cfg, {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    sync = torch.cuda.synchronize if run.device != "cpu" else (lambda: None)
 
-    def seconds(work, repeats=5):
-        """Median time of one call, after two to warm up (and compile)."""
-        times = []
-        for _ in range(repeats + 2):
-            began = time.perf_counter()
-            work(), sync()
-            times.append(time.perf_counter() - began)
-        return float(np.median(times[2:]))
+    def seconds(work):
+        """Median time of one call, after a few to warm up (and compile)."""
+        work(), work()
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=3).median
 
     def memory():
         if run.device != "cpu":
@@ -1403,13 +1346,13 @@ def bench(run):
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048, device=run.device, dtype=dtype)
-        rates[dtype] = 2 * 2048 ** 3 / seconds(lambda: a @ a, 20)
+        rates[dtype] = 2 * 2048 ** 3 / seconds(lambda: a @ a)
         results[f"matmul_{str(dtype)[6:]}_gflops"] = round(rates[dtype] / 1e9)
     peak = rates[run.dtype]
     say(f"[bench] matmul: {results['matmul_float32_gflops']} GFLOP/s in float32, "
         f"{results['matmul_bfloat16_gflops']} in bfloat16")
 
-    tokenizer, agent = Tokenizer(model_config(cfg)).to(run.device), Agent(model_config(cfg)).to(run.device)
+    tokenizer, agent = Tokenizer(cfg).to(run.device), Agent(cfg).to(run.device)
     dynamics = agent.dynamics
     results |= {f"{name}_parameters": sum(p.numel() for p in module.parameters())
                 for name, module in (("tokenizer", tokenizer), ("dynamics", dynamics))}
@@ -1429,20 +1372,20 @@ def bench(run):
     batch = (z[:1, :T2].expand(B2, -1, -1, -1), actions[:1, :T2].expand(B2, -1, -1))
     k, stream, cache = min(4, cfg.k_max), play_agent.dream(min(4, cfg.k_max)), Cache()
     stream.reset(z[:1, :8], actions[:1, :8])
-    jobs = [("tokenizer_training", B * T, 5, lambda: step(tokenizer, images, tokenizer.draw(B, T, device=run.device))),
-            ("dynamics_training", B2 * T2, 10, lambda: step(dynamics, *batch, dynamics.draw(B2, T2, device=run.device))),
-            ("imagination", 256, 3, lambda: imagine(play_agent, z[:, :8], actions[:, :8], 16, k)),
-            ("play", 1, 30, lambda: play_tokenizer.decode(stream.step(actions[:1, 0])[0][:, None], cache))]
-    for name, frames, repeats, work in jobs:
+    jobs = [("tokenizer_training", B * T, lambda: step(tokenizer, images, tokenizer.draw(B, T, device=run.device))),
+            ("dynamics_training", B2 * T2, lambda: step(dynamics, *batch, dynamics.draw(B2, T2, device=run.device))),
+            ("imagination", 256, lambda: imagine(play_agent, z[:, :8], actions[:, :8], 16, k)),
+            ("play", 1, lambda: play_tokenizer.decode(stream.step(actions[:1, 0])[0][:, None], cache))]
+    for name, frames, work in jobs:
         with FlopCounterMode(display=False) as counter:
             work()
         if cfg.compile and "training" in name:          # after the count, which compiled code would hide
             compile_blocks(tokenizer if name.startswith("tokenizer") else dynamics)
-        spent = seconds(work, repeats)
+        spent = seconds(work)
         results[name], results[f"{name}_share"] = frames / spent, counter.get_total_flops() / spent / peak
         say(f"[bench] {name}: {results[name]:.0f} frames/s, {results[f'{name}_share']:.0%} of the matmul rate, "
             f"peak memory so far {memory():.2f} GB")
-    if run.actions is not None:
+    if cfg.env:
         began = time.time()
         cfg.episode_frames = min(cfg.episode_frames, 100)
         frames = sum(len(e["frames"]) for _, e in play(cfg, RandomPolicy(cfg, 0), range(cfg.envs)))
@@ -1454,8 +1397,9 @@ def bench(run):
 
 def run_all(run):
     cfg = run.cfg
-    for run.round in range(cfg.rounds):
-        collect(run, run.path("agent.pt") if run.round else None)
+    for run.round in range(cfg.rounds if cfg.env else 1):
+        if cfg.env:
+            collect(run, run.path("agent.pt") if run.round else None)
         wait()
         if run.round == 0:
             train_tokenizer(run)
@@ -1465,7 +1409,8 @@ def run_all(run):
     result, agent = run.path("eval.json"), run.path("agent.pt")
     if main_process() and not (result.exists() and result.stat().st_mtime > agent.stat().st_mtime):
         dream(run, agent, 48, run.path("dream.gif"))
-        evaluate(run, agent, run.path("policy.gif"))
+        if cfg.env:
+            evaluate(run, agent, run.path("policy.gif"))
 
 
 def wait():
@@ -1528,7 +1473,8 @@ def main(arguments=None):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, _: STOP.append(signum))
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(days=1))         # the others wait while one collects
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -1539,8 +1485,9 @@ def main(arguments=None):
     elif settings.exists():
         try:
             saved = json.loads(settings.read_text())
-        except (OSError, ValueError) as error:
-            fail(f"{settings} is damaged ({error}); delete it and give the flags again")
+            saved["config"].keys()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            fail(f"{settings} is damaged ({error!r}); delete it and give the flags again")
     if args.preset and saved.get("preset", preset) != preset:
         fail(f"--preset {preset}, but {settings} was made with {saved['preset']}; use another --run")
     values = saved.get("config", PRESETS[preset])
@@ -1554,8 +1501,12 @@ def main(arguments=None):
     seed = args.seed if args.seed is not None else saved.get("seed", 0)
     actions = saved.get("actions")
     if preset == "paper" and args.phase == "bench":
-        return report_size(cfg)
+        with torch.device("meta"):                                    # without memory: the code reaches this scale
+            models = {"tokenizer": Tokenizer(cfg), "dynamics": Dynamics(cfg)}
+        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+        return print(json.dumps(sizes))
     if "action_spec" in overrides:                                    # recorded data, no environment at hand
+        cfg.env = overrides.get("env", "")
         actions = describe(gym.spaces.MultiDiscrete(cfg.action_spec), cfg.action_bins)
     elif actions is None or {"env", "env_kwargs", "action_bins"} & set(overrides):
         env = make_env(cfg)
@@ -1564,32 +1515,24 @@ def main(arguments=None):
     cfg.action_spec = action_sizes(actions)
     run = Run(args.run, cfg, seed, actions, overrides)
     run.preset = saved.get("preset", preset)
-    if args.phase == "bench":
-        return bench(run)
     path = args.checkpoint or run.path("agent.pt")
     wait()
     if run.path("agent.pt").exists() and args.phase in ("agent", "imagination"):
         run.round = load_checkpoint(run.path("agent.pt"))["round"]
     began = time.time()
+    if args.phase in ("evaluate", "dream", "play", "bench") and not main_process():
+        return
     {"collect": lambda: collect(run, args.policy), "tokenizer": lambda: train_tokenizer(run),
      "dynamics": lambda: train_dynamics(run), "agent": lambda: train_agent(run),
      "imagination": lambda: train_imagination(run),
      "evaluate": lambda: evaluate(run, path, args.record or run.path("policy.gif")),
      "dream": lambda: dream(run, path, args.length, args.record or run.path("dream.gif")),
      "play": lambda: serve(run, path, args.port),
-     "all": lambda: run_all(run)}[args.phase]()
-    if args.phase not in ("evaluate", "all"):                             # their last line is the result as JSON
+     "bench": lambda: bench(run), "all": lambda: run_all(run)}[args.phase]()
+    if args.phase not in ("evaluate", "bench", "all"):                    # their last line is the result as JSON
         say(f"[{args.phase}] done in {(time.time() - began) / 60:.1f} min")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def report_size(cfg):
-    """Builds the models without memory and says how big they are: the code reaches the paper's scale."""
-    with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in module.parameters())
-                 for name, module in (("tokenizer", Tokenizer(cfg)), ("dynamics", Dynamics(cfg)))}
-    print(json.dumps(sizes))
 
 
 if __name__ == "__main__":

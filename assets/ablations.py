@@ -80,7 +80,7 @@ def measure(run, data, name, steps):
         if (i * 0.6180339887) % 1 >= labeled:                     # an even, fixed choice of episodes
             e["actions"] = np.full_like(e["actions"], -1)
     run.seeded("dynamics")
-    model = cls(train.model_config(cfg))
+    model = cls(cfg)
     loop = train.Loop(run, "dynamics", "ablation.pt", model, steps, cfg.dynamics_lr)
     dreamer4.ramp_weight = weight or ramp
     for step in loop:
