@@ -1095,6 +1095,7 @@ def write_dream(run, tokenizer, dream, episodes, path, context, length, agent=No
     if not main_process():
         return
     torch.manual_seed(run.seed)
+    episodes = episodes[::max(1, len(episodes) // count)]                         # of all rounds
     batch = windows(episodes, np.random.default_rng(run.seed), count, length)
     dreamed = decode(tokenizer, open_loop(dream, batch["latents"], batch["actions"], context, agent, length))
     dreamed[:, :context, :2] = (255, 255, 255)

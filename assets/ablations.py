@@ -98,9 +98,10 @@ def measure(run, data, name, steps):
     truth = batch["frames"][:, context:]
     other = np.roll(batch["actions"], 1, 0)
     other[:, :context] = batch["actions"][:, :context]
+    given = batch["actions"] if labeled else np.full_like(other, -1)          # without labels there is nothing to give
     for k in ks:
         scores = {}
-        for label, chosen in (("psnr", batch["actions"]), ("psnr_other_actions", other)):
+        for label, chosen in (("psnr", given), ("psnr_other_actions", other)):
             torch.manual_seed(0)
             z = train.open_loop(dreamer4.Dream(dynamics, k=k), batch["latents"], chosen, context)
             scores[label] = round(train.psnr(train.decode(tokenizer, z)[:, context:], truth), 2)
@@ -122,7 +123,7 @@ def main():
         cfg = train.TrainConfig(**state["config"])
         run = train.Run(args.run, cfg, state["seed"], None)
         run.preset = "ablation"
-        run.remember = lambda: None                                    # the run's own settings stay
+        run.remember, run.log = lambda: None, lambda *_, **__: None    # nothing of the run itself changes
         data = train.Data(cfg, args.run / "data")
         for row in measure(run, data, name, args.steps):
             print(row, flush=True)

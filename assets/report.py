@@ -99,7 +99,7 @@ def curves_figure(names, logs, results):
         y = [rounds[r] for r in sorted(rounds)] + [result["return_mean"]]
         axis.plot(range(len(y)), y, "o-", color=color, lw=1.1, ms=4)
     axis.set_xticks(range(len(y)), ["random"] + [f"round {r}" for r in range(1, len(y) - 1)] + ["final"])
-    axis.set_title("real return, collected (1/10 random) and final", fontsize=9)
+    axis.set_title("real return: collected (1/10 random), final", fontsize=9)
     axes.flat[0].legend(frameon=False, fontsize=8)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
