@@ -69,11 +69,12 @@ def tokenizer_without_masks(run, data):
 def measure(run, data, name, steps):
     """Trains one variant -> rows (variant, K, figures)."""
     cls, changes, weight, labeled, ks = VARIANTS[name]
-    for setting, value in changes.items():
-        setattr(run.cfg, setting, value)
-    cfg, ramp = run.cfg, dreamer4.ramp_weight
-    cfg.dynamics_steps, cfg.save_seconds, began = steps, 1e9, time.time()
+    cfg, ramp, began = run.cfg, dreamer4.ramp_weight, time.time()
+    cfg.mask_max = changes.get("mask_max", cfg.mask_max)
     tokenizer = tokenizer_without_masks(run, data) if cfg.mask_max == 0 else train.load_tokenizer(run)
+    for setting, value in changes.items():                     # only now: the tokenizer has the run's architecture
+        setattr(cfg, setting, value)
+    cfg.dynamics_steps, cfg.save_seconds = steps, 1e9
     data.encode(tokenizer, run.folder)
     actions = [e["actions"] for e in data.train]
     for i, e in enumerate(data.train):
