@@ -1200,8 +1200,8 @@ gym.register("TickerRendered-v0", lambda **kwargs: Ticker(image=False, **kwargs)
 class Count:
     """Acts 0, 1, 2, 3, 4, 0, ...; expects of every frame the number of steps it shows."""
 
-    def reset(self, count):
-        self.count, self.values = count, []
+    def reset(self, seeds):
+        self.count, self.values = len(seeds), []
 
     def act(self, frames, actions):
         self.values.append(frames[:, 0, 0, 0])
