@@ -45,6 +45,7 @@ SHORTCUT, FORCING = dreamer4.Dynamics, DiffusionForcing
 # name: model, changed settings, weight of the squared error in x-space, share of episodes with actions, K to dream with
 VARIANTS = {
     "as in the preset": (SHORTCUT, {}, None, 1.0, (1, 2, 4, 8)),
+    "diffusion forcing (K_max = 8)": (FORCING, {}, None, 1.0, (1, 2, 4, 8)),
     "v-prediction and loss": (VelocityPrediction, {}, lambda tau: 1 / (1 - tau) ** 2, 1.0, (1, 2, 4, 8)),
     "no ramp weight": (SHORTCUT, {}, torch.ones_like, 1.0, (4,)),
     "time attention every 2nd layer": (SHORTCUT, {"time_every": 2}, None, 1.0, (4,)),
