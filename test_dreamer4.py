@@ -843,7 +843,7 @@ def test_the_last_line_is_the_evaluation_as_json(finished):
     results = json.loads((finished / "stdout").read_text().splitlines()[-1])
     assert results == json.loads((finished / "eval.json").read_text())
     assert set(results) >= set("""return_mean return_se bc_mean bc_se random_mean random_se episodes tokenizer_psnr
-        dream_psnr dream_psnr_shuffled copy_psnr reward_corr value_corr latent_std_real latent_std_dream wall_s""".split())
+        dream_psnr_k1 dream_psnr_k4 dream_psnr_shuffled copy_psnr reward_corr value_corr latent_std_real latent_std_dream wall_s""".split())
     assert np.isfinite(list(results.values())).all() and results["episodes"] == 2
     assert 0 < results["copy_psnr"] < 60 and results["latent_std_real"] > 0 and results["latent_std_dream"] > 0
 

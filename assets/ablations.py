@@ -7,6 +7,7 @@ Every variant trains from the same seed, on the same episodes, for the same numb
 open loop from 4 frames of held-out episodes. One seed each: differences of a few tenths of a decibel mean nothing.
 """
 import argparse
+import copy
 import csv
 import sys
 import time
@@ -60,9 +61,10 @@ VARIANTS = {
 
 
 def tokenizer_without_masks(run, data):
-    """The preset's tokenizer, trained anew without masking; beside it the one with masks stays as it is."""
-    other = train.Run(run.folder / "ablation", run.cfg, run.seed, run.actions)
-    other.preset, other.data = "ablation", lambda: data
+    """The preset's tokenizer, trained anew without masking, like the one with masks on the random episodes only."""
+    other, random = train.Run(run.folder / "ablation", run.cfg, run.seed, run.actions), copy.copy(data)
+    random.train = data.train[:run.cfg.collect_episodes * 9 // 10]
+    other.preset, other.data = "ablation", lambda: random
     train.train_tokenizer(other)
     return train.load_tokenizer(other)
 
