@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer4
 import train
 
-CONTEXT, AHEAD, COUNT = 8, 64, 64
+CONTEXT, AHEAD, COUNT = 8, 64, 64                # frames given and dreamed, and how many dreams at most
 
 
 def describe(frames, rewards):
@@ -30,21 +30,17 @@ def main(folder):
     state = train.load_checkpoint(folder / "agent.pt")
     cfg = train.TrainConfig(**state["config"])
     run = train.Run(folder, cfg, state["seed"], None)
-    run.round = state["round"]
     tokenizer, agent, _ = train.load_agent(run, folder / "agent.pt")
-    data, rng = run.data(), np.random.default_rng(0)
+    data = run.data()
     data.encode(tokenizer, folder)
-    starts = []
-    while len(starts) < COUNT:                         # moments of the newest episodes at which the car earns
-        episode = data.episodes[-1 - rng.integers(max(1, len(data.recent)))]
-        t = rng.integers(20, max(21, len(episode["rewards"]) - CONTEXT - AHEAD))
-        if (episode["rewards"][t + CONTEXT - 4:t + CONTEXT] > 0).any() and len(episode["rewards"]) >= t + CONTEXT + AHEAD:
-            starts.append((episode, t))
-    cut = lambda name, a, b: np.stack([episode[name][t + a:t + b] for episode, t in starts])
-    z, actions = (torch.as_tensor(cut(name, 0, CONTEXT)) for name in ("latents", "actions"))
+    newest, rng = data.episodes[-cfg.round_episodes:], np.random.default_rng(0)
+    batch = train.windows(newest, rng, 2 * COUNT, CONTEXT + AHEAD)
+    earning = np.flatnonzero((batch["rewards"][:, CONTEXT - 4:CONTEXT] > 0).any(1))[:COUNT]
+    batch = {name: x[earning] for name, x in batch.items()}
+    z, actions = (torch.as_tensor(batch[name][:, :CONTEXT]) for name in ("latents", "actions"))
     print("| frames | road's far end over 12 pixels aside | car earns and sees road | reward per step |\n"
           "| --- | --- | --- | --- |")
-    print(f"| real | {describe(cut('frames', CONTEXT, CONTEXT + AHEAD), cut('rewards', CONTEXT, CONTEXT + AHEAD))} |")
+    print(f"| real | {describe(batch['frames'][:, CONTEXT:], batch['rewards'][:, CONTEXT:])} |")
     for i in range(cfg.k_max.bit_length()):
         torch.manual_seed(0)
         rollout = dreamer4.imagine(agent, z.float(), actions, AHEAD, 2 ** i)

@@ -19,9 +19,9 @@ POLICIES = {"random": "random (as collected)", "bc": "behaviour cloning", "retur
 COLORS = {"random": "#9aa0a6", "bc": "#e0a030", "return": "#2a6fbb"}
 SEEDS = ["#2a6fbb", "#c2571a", "#2e8b57", "#7b4fa3", "#555555"]
 MEASURES = [
-    ("tokenizer PSNR, dB", "tokenizer_psnr"), ("dream PSNR, 16 frames open loop from 4, K = 1, dB", "dream_psnr_k1"),
-    ("the same with K = 2", "dream_psnr_k2"), ("the same with K = 4", "dream_psnr_k4"),
-    ("the same with K = K_max = 8", "dream_psnr_k8"), ("K = 1 with another episode's actions", "dream_psnr_shuffled"),
+    ("tokenizer PSNR, dB", "tokenizer_psnr"), ("dream PSNR, 16 frames open loop from 4, K = 4, dB", "dream_psnr_k4"),
+    ("the same with another episode's actions", "dream_psnr_shuffled"), ("the same with K = 1", "dream_psnr_k1"),
+    ("the same with K = 2", "dream_psnr_k2"), ("the same with K = K_max = 8", "dream_psnr_k8"),
     ("repeating the last context frame", "copy_psnr"), ("mean of the latents, held-out data", "latent_mean_real"),
     ("mean of the latents, frames 151 ... 200 of a dream", "latent_mean_dream"),
     ("spread of the latents, held-out data", "latent_std_real"),
