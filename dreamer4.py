@@ -35,6 +35,8 @@ Deliberate deviations from the paper, each with its reason:
   the same shortcut (as in shortcut models, where a quarter of the batch bootstraps).
 - Context signal level snaps to the grid of d_min, so that the frames have exactly the level of their label.
 - In phase 2 a share of the sequences enters at the context level, where the heads are used later.
+- Dreams may start from noise of a higher temperature than 1: a model that is surer than it should be flatters the
+  policy (World Models, 2018, raises the temperature of its dreams, too).
 - Continuous actions are binned and looked up: one kind of action space, a tuple of categoricals.
 - A continuation head is trained beside the reward head; categoricals mix in 1 % uniform (Dreamer 3).
 - Sequences treated as separate images lose their action too: no action led to an image.
@@ -579,13 +581,14 @@ class Dream:
     real or dreamed, enter the KV cache at the context level by an extra pass that also yields h_t.
     """
 
-    def __init__(self, dynamics, task_embedding=None, k=4, generator=None):
-        """task_embedding (D,) or (B, D), or None: no h; k denoising steps, a power of two up to k_max."""
+    def __init__(self, dynamics, task_embedding=None, k=4, generator=None, temperature=1.0):
+        """task_embedding (D,) or (B, D), or None: no h; k denoising steps, a power of two up to k_max;
+        temperature: standard deviation of the noise that a dreamed frame starts from."""
         if k < 1 or k & (k - 1) or k > dynamics.config.k_max:
             raise ValueError(f"k = {k}: the denoising steps must be a power of two up to k_max = "
                              f"{dynamics.config.k_max}")
         self.dynamics, self.task_embedding, self.k, self.generator = dynamics, task_embedding, k, generator
-        self.cache = Cache()
+        self.temperature, self.cache = temperature, Cache()
 
     def _noise(self, shape, device):
         return torch.randn(shape, device=device, generator=self.generator)
@@ -613,7 +616,8 @@ class Dream:
         c, B, action = self.dynamics.config, len(action), action[:, None]
         full = lambda value: torch.full((B, 1), value, device=action.device)
         denoise = lambda z, tau, d: self.dynamics.denoise(z, full(tau), full(d), action, cache=self.cache)[0]
-        z = generate(denoise, self._noise((B, 1, c.latents, c.latent_channels), action.device), self.k)
+        noise = self._noise((B, 1, c.latents, c.latent_channels), action.device)
+        z = generate(denoise, self.temperature * noise, self.k)
         h = self.observe(z, action)
         return z[:, 0], (None if h is None else h[:, 0])
 
@@ -717,9 +721,9 @@ class Agent(nn.Module):
         self.register_buffer("bin_values", symexp(torch.linspace(-10, 10, config.bins)), persistent=False)
         self.loss_norm = LossNorm("dynamics", "policy", "reward", "continue_")
 
-    def dream(self, k=4, task=0, generator=None):
+    def dream(self, k=4, task=0, generator=None, temperature=1.0):
         """A fresh Dream with this agent's token in it."""
-        return Dream(self.dynamics, self.task.weight[task], k, generator)
+        return Dream(self.dynamics, self.task.weight[task], k, generator, temperature)
 
     # --- the policy: a product of categoricals
 
@@ -814,14 +818,14 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def imagine(agent, z, actions, horizon, k=4, task=0, generator=None):
+def imagine(agent, z, actions, horizon, k=4, task=0, generator=None, temperature=1.0):
     """Roll world model and policy forward together from a context (Algorithm 1, phase 3).
 
     z (B, T, N, Z), actions (B, T, A): dataset context. Returns h (B, H + 1, D) of frames 0 ... H (frame 0 is the
     last of the context), actions (B, H, A) taken at frames 0 ... H-1, rewards, continues (B, H) of frames 1 ... H,
     z (B, H, N, Z).
     """
-    dream = agent.dream(k, task, generator)
+    dream = agent.dream(k, task, generator, temperature)
     h = [dream.reset(z, actions)]
     taken, dreamed = [], []
     for _ in range(horizon):

@@ -85,6 +85,7 @@ class TrainConfig(Config):
     updates: int = 4                # gradient steps on every batch of rollouts
     value_steps: int = 30           # rollouts that train only the value head, at first
     k: int = 4                      # denoising steps of a dreamed frame, K
+    temperature: float = 1.0        # of the dreams that train the policy: above 1 they are less sure, and less easy
     tokenizer_lr: float = 1e-3      # peak learning rate: AdamW; the blocks' matrices get Muon with twice as much
     dynamics_lr: float = 1e-3       # the same for the dynamics, and in agent finetuning
     policy_lr: float = 3e-4         # AdamW, for policy and value head in imagination
@@ -1001,7 +1002,8 @@ def train_imagination(run):
         batch = run.rows(data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
                                      cfg.rewarded_share))
         torch.manual_seed(int(loop.rng.integers(2**31)) + run.rank)    # every process dreams its own dreams
-        rollout = imagine(agent, batch["latents"].float(), batch["actions"], cfg.horizon, cfg.k)
+        rollout = imagine(agent, batch["latents"].float(), batch["actions"], cfg.horizon, cfg.k,
+                          temperature=cfg.temperature)
         for i in range(cfg.updates):
             loss, metrics = loop.train(rollout, float(step >= cfg.value_steps))
             loop.update(loss, metrics, cfg.rollouts * cfg.horizon * (i + 1 == cfg.updates))
@@ -1190,7 +1192,7 @@ def evaluate(run, path, video):
     length = batch["rewards"].shape[1]
     context = min(cfg.rollout_context, length - 1)
     start = [torch.as_tensor(batch[name][:, :context], device=run.device) for name in ("latents", "actions")]
-    rollout = imagine(agent, start[0].float(), start[1], length - context, cfg.k)
+    rollout = imagine(agent, start[0].float(), start[1], length - context, cfg.k, temperature=cfg.temperature)
     results |= {"imagined_reward": float(rollout["rewards"].sum(1).mean()),
                 "real_reward": float(batch["rewards"][:, context:].sum(1).mean()),
                 "wall_s": round(time.time() - began, 1)}
