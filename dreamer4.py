@@ -821,9 +821,9 @@ class Agent(nn.Module):
 def imagine(agent, z, actions, horizon, k=4, task=0, generator=None, temperature=1.0):
     """Roll world model and policy forward together from a context (Algorithm 1, phase 3).
 
-    z (B, T, N, Z), actions (B, T, A): dataset context. Returns h (B, H + 1, D) of frames 0 ... H (frame 0 is the
-    last of the context), actions (B, H, A) taken at frames 0 ... H-1, rewards, continues (B, H) of frames 1 ... H,
-    z (B, H, N, Z).
+    z (B, T, N, Z), actions (B, T, A): dataset context; k, temperature: see Dream. Returns h (B, H + 1, D) of
+    frames 0 ... H (frame 0 is the last of the context), actions (B, H, A) taken at frames 0 ... H-1, rewards,
+    continues (B, H) of frames 1 ... H, z (B, H, N, Z).
     """
     dream = agent.dream(k, task, generator, temperature)
     h = [dream.reset(z, actions)]

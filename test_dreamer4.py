@@ -475,15 +475,10 @@ def test_the_first_dreamed_frame_depends_on_the_action_and_on_the_context():
 
 def test_the_temperature_scales_the_noise_that_dreamed_frames_start_from_and_nothing_else():
     agent, (z, actions, _, _) = new_agent(), new_batch()
-
-    def passes(temperature):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(agent.dynamics, "denoise", agent.dynamics.denoise)             # undone at the end
-            denoised = record(agent.dynamics, "denoise")
-            imagine(agent, z, actions, 1, k=2, generator=torch.Generator().manual_seed(0), temperature=temperature)
-        return [call["z"] for call in denoised]
-
-    (context, first, second, _), (hot_context, hot_first, hot_second, _) = passes(1.0), passes(1.5)
+    denoised = record(agent.dynamics, "denoise")
+    for temperature in (1.0, 1.5):
+        imagine(agent, z, actions, 1, k=2, generator=torch.Generator().manual_seed(0), temperature=temperature)
+    context, first, second, _, hot_context, hot_first, hot_second, _ = [call["z"] for call in denoised]
     assert torch.equal(context, hot_context) and torch.equal(hot_first, 1.5 * first)
     assert (second - hot_second).abs().max() > 1e-3
 
