@@ -34,7 +34,8 @@ Deliberate deviations from the paper, each with its reason:
 - Every `shortcut_every`-th sequence trains the bootstrap, the others train d_min: half the compute for nearly
   the same shortcut (as in shortcut models, where a quarter of the batch bootstraps).
 - Context signal level snaps to the grid of d_min, so that the frames have exactly the level of their label.
-- In phase 2 a share of the sequences enters at the context level, where the heads are used later.
+- A share of the frames enters training at the context level. In use the whole past is at this level, and the heads
+  are applied there; with τ drawn evenly for every frame, training would hardly ever see a past so clean.
 - Dreams may start from noise of a higher temperature than 1: a model that is surer than it should be flatters the
   policy (World Models, 2018, raises the temperature of its dreams, too).
 - Continuous actions are binned and looked up: one kind of action space, a tuple of categoricals.
@@ -79,11 +80,11 @@ class Config:
     shortcut_every: int = 4         # every n-th sequence trains steps larger than d_min (ours; paper: all)
     separate_images: float = 0.3    # share of sequences treated as images without a past (paper)
     context_signal: float = 0.9     # signal level of past frames in use: 10 % noise (paper)
+    context_share: float = 0.75     # share of frames that enter training at context_signal (ours; paper: 0)
     softcap: float = 0.0            # soft cap of attention logits, 0 = off (paper: on)
     checkpointing: bool = False     # recompute activations in the backward pass: slower, less memory
     # agent (section 3.3)
     tasks: int = 1                  # task embeddings (ours: one task)
-    context_share: float = 0.5      # phase 2: share of sequences entering at context_signal (ours)
     distances: int = 8              # multi-token prediction, n = 0 ... L-1 (paper: 8)
     head_width: int = 256           # hidden units of a head (ours)
     bins: int = 255                 # two-hot bins, evenly spaced in symlog space (Dreamer 3)
@@ -110,6 +111,7 @@ class Config:
             (self.tokenizer_width % (2 * self.tokenizer_heads) == 0,
              "tokenizer_width must be a multiple of 2 tokenizer_heads (RoPE turns pairs)"),
             (0 <= self.context_signal <= 1, "context_signal must lie in [0, 1]"),
+            (0 <= self.context_share < 1, "context_share must lie in [0, 1), or no frame is left to denoise"),
         ]:
             if not ok:
                 raise ValueError(f"config: {what}")
@@ -537,22 +539,22 @@ class Dynamics(nn.Module):
         output = self.latent_out(self.out_norm(x[:, :, 2:2 + self.packed])).float()
         return output.reshape(B, T, N, Z), (None if task_embedding is None else x[:, :, -1])
 
-    def draw(self, B, T, context_share=0.0, device=None):
+    def draw(self, B, T, device=None):
         """Everything random in one training step, for a batch of B sequences, as a dict of tensors.
 
         tau, d (B, T); noise (B, T, N, Z); separate (B,) bool. Every `shortcut_every`-th sequence follows
-        eq. 4; in the others d = d_min, and τ is uniform over its grid, or the context level in a share of
-        the sequences (phase 2).
+        eq. 4; in the others d = d_min, and τ is uniform over its grid. In all but separate images a share
+        of the frames is at the context level instead, as the past is in use.
         """
         c, K = self.config, self.config.k_max
         tau, d = sample_signal_and_step((B, T), K, device)
         shortcut = (torch.arange(B, device=device) % c.shortcut_every == 0)[:, None]
-        as_context = torch.rand(B, 1, device=device) < context_share
         fine = torch.randint(0, K, (B, T), device=device) / K
-        return {"tau": torch.where(shortcut, tau, torch.where(as_context, c.context_level, fine)),
-                "d": torch.where(shortcut, d, 1 / K),
-                "noise": torch.randn(B, T, c.latents, c.latent_channels, device=device),
-                "separate": torch.rand(B, device=device) < c.separate_images}
+        separate = torch.rand(B, device=device) < c.separate_images
+        as_context = (torch.rand(B, T, device=device) < c.context_share) & ~separate[:, None]
+        return {"tau": torch.where(as_context, c.context_level, torch.where(shortcut, tau, fine)),
+                "d": torch.where(shortcut & ~as_context, d, 1 / K),
+                "noise": torch.randn(B, T, c.latents, c.latent_channels, device=device), "separate": separate}
 
     def loss(self, z1, actions, draws, task_embedding=None):
         """Eq. 7 on latents z1 (B, T, N, Z), actions (B, T, A). Returns (loss, metrics), h (B, T, D) or None."""

@@ -352,7 +352,7 @@ def test_generation_with_an_oracle_returns_the_data_in_k_steps(k):
 
 
 def test_draw_bootstraps_every_nth_sequence_and_treats_a_share_as_images():
-    draws = Dynamics(config(shortcut_every=4, separate_images=0.3)).draw(2000, 4)
+    draws = Dynamics(config(shortcut_every=4, separate_images=0.3, context_share=0.0)).draw(2000, 4)
     tau, d, others = draws["tau"], draws["d"], torch.arange(2000) % 4 != 0
     assert d[::4].unique().tolist() == [1 / 8, 1 / 4, 1 / 2, 1] and (tau % d == 0).all()
     assert (d[others] == 1 / 8).all() and tau[others].unique().tolist() == [i / 8 for i in range(8)]
@@ -361,11 +361,15 @@ def test_draw_bootstraps_every_nth_sequence_and_treats_a_share_as_images():
 
 
 @pytest.mark.parametrize("signal, k_max, level", [(0.9, 8, 7 / 8), (0.9, 64, 58 / 64), (0.9, 4, 3 / 4), (1, 8, 7 / 8)])
-def test_phase_2_contains_sequences_at_exactly_the_context_level(signal, k_max, level):
-    c = config(context_signal=signal, k_max=k_max)
+def test_a_share_of_the_frames_is_at_exactly_the_context_level_but_not_in_separate_images(signal, k_max, level):
+    c = config(context_signal=signal, k_max=k_max, context_share=0.7)
     assert c.context_level == level                                          # the nearest that has an embedding
-    at_level = (Dynamics(c).draw(2000, 6, context_share=0.5)["tau"] == level).all(1)
-    assert not at_level[::2].all() and abs(at_level[1::2].float().mean() - 0.5) < 0.05       # bootstrap keeps eq. 4
+    draws = Dynamics(c).draw(2000, 6)
+    at_level = ((draws["tau"] == level) & (draws["d"] == 1 / k_max)).float().mean(1)
+    bootstrap, separate = torch.arange(2000) % c.shortcut_every == 0, draws["separate"]
+    for rows in (bootstrap, ~bootstrap):
+        assert abs(at_level[rows & ~separate].mean() - 0.7) < 0.03 + 0.3 / k_max         # some more by chance
+        assert at_level[rows & separate].mean() < 1.5 / k_max                            # these only by chance
 
 
 def test_actions_are_the_sum_of_their_lookups_and_unlabeled_ones_the_learned_embedding_alone():
@@ -738,7 +742,7 @@ def train(model, loss):
 train(tokenizer, tokenizer(images, tokenizer.draw(2, 5))[0])
 z = tokenizer.encode(images).detach()
 train(agent.dynamics, agent.dynamics(z, actions, agent.dynamics.draw(2, 5))[0])
-train(agent, agent(z, actions, torch.randn(2, 5), torch.ones(2, 5), agent.dynamics.draw(2, 5, c.context_share))[0])
+train(agent, agent(z, actions, torch.randn(2, 5), torch.ones(2, 5), agent.dynamics.draw(2, 5))[0])
 rollout = imagine(agent, z, actions, horizon=3)
 train(agent, agent.imagination_loss(rollout, frozen(agent.policy_head))[0])
 assert tokenizer.decode(rollout["z"]).shape == (2, 3, 3, 16, 16)
@@ -890,7 +894,7 @@ def test_an_interrupted_collection_goes_on_with_the_episodes_it_would_have_playe
 def test_every_phase_of_every_round_is_logged_and_reports_its_health(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert {(row["phase"], row["round"]) for row in rows} == {
-        ("tokenizer", 0), ("dynamics", 0), *((name, i) for name in ("collect", "agent", "imagination") for i in (0, 1))}
+        ("dynamics", 0), *((name, i) for name in ("collect", "tokenizer", "agent", "imagination") for i in (0, 1))}
     assert all(np.isfinite(x) for row in rows for x in row.values() if not isinstance(x, str))
     stdout = (finished / "stdout").read_text()
     for text in ("[tokenizer] PSNR", "[agent] health", "[imagination] health", "[evaluate] health", "spread", "correlation",
@@ -949,15 +953,21 @@ def test_videos_are_as_long_as_asked_for_and_gif_or_mp4(copied, tmp_path):
     assert 5 < np.abs(real - seen).mean() < 100                              # a tiny tokenizer sees something else
 
 
-def test_between_agent_and_imagination_the_policy_is_the_new_clone_with_the_old_value(copied):
+def test_in_a_new_round_policy_and_value_go_on_beside_a_new_clone_and_dreams_are_hotter(copied, monkeypatch):
     before = load(copied, "agent.pt")
     run = train.Run(copied, train.TrainConfig(**before["config"]), 0, None)
     run.preset, run.round, run.actions = "tiny", before["round"] + 1, json.loads(before["actions"])
     train.train_agent(run)
     state, (_, agent, cloned) = load(copied, "agent.pt"), train.load_agent(run, copied / "agent.pt")
-    assert state["phase"] == "agent" and not differences(agent.policy_head.state_dict(), cloned.state_dict())
-    value = {f"value_head.{name}": x for name, x in agent.value_head.state_dict().items()}
-    assert not differences(value, {name: x for name, x in before["heads"].items() if name in value})
+    assert state["phase"] == "agent" and not differences(state["heads"], before["heads"])
+    assert differences(agent.policy_head.state_dict(), cloned.state_dict())
+    temperatures, imagine = [], train.imagine
+    monkeypatch.setattr(train, "imagine", lambda *args, temperature, **kwargs: (
+        temperatures.append(temperature) or imagine(*args, temperature=temperature, **kwargs)))
+    run.cfg.policy_lr, run.cfg.rounds, run.cfg.temperature = 0.0, 4, 3.0
+    train.train_imagination(run)
+    assert not differences(load(copied, "agent.pt")["heads"], before["heads"])
+    assert set(temperatures) == {1 + (3 - 1) * 3 / 4}                                    # in the third of four rounds
 
 
 def test_the_cloned_policy_is_the_one_before_imagination(copied):
@@ -1031,7 +1041,7 @@ def test_stopped_in_every_phase_at_its_middle_and_end_a_run_gives_the_same_bits(
     monkeypatch.setattr(train.Loop, "update", update_and_stop)
     for name in ("dream", "evaluate"):
         monkeypatch.setattr(train, name, lambda *args: None)
-    for _ in range(13):
+    for _ in range(15):
         torch.seed()                                                         # a new process knows nothing
         try:
             main("--run", folder)
@@ -1040,7 +1050,7 @@ def test_stopped_in_every_phase_at_its_middle_and_end_a_run_gives_the_same_bits(
             file = "agent.pt" if phase == "imagination" else f"{phase}.pt"
             assert stop.code == 130 and load(folder, file)["step"] == step + 1
         train.STOP.clear()
-    assert len(stopped) == 12 and not list(folder.rglob(".*"))
+    assert len(stopped) == 14 and not list(folder.rglob(".*"))
     for name in ("tokenizer.pt", "dynamics.pt", "agent.pt"):
         assert not differences(load(folder, name), load(finished, name))
     for seed, episode in read_episodes(finished).items():                    # those that the policy collected, too
@@ -1080,7 +1090,8 @@ def steps(phase, **changes):
     saved = json.load(open(folder + "/config.json"))
     cfg = train.TrainConfig(**saved["config"] | {"batch_size": 8, "short_length": 12, "tokenizer_batch": 6} | changes)
     run = train.Run(folder, cfg, 0, saved["actions"])
-    run.preset, run.dtype, run.device, run.round = "tiny", torch.float32, "cpu", 2 if phase == "agent" else 0
+    run.preset, run.dtype, run.device = "tiny", torch.float32, "cpu"
+    run.round = {"tokenizer": 1, "dynamics": 0, "agent": 2}[phase]
     for attempt in range(2):
         try:
             getattr(train, "train_" + phase)(run)

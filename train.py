@@ -74,8 +74,8 @@ class TrainConfig(Config):
     memory_gb: float = 8.0          # frames to hold in memory; those of further episodes are read when needed
     tokenizer_batch: int = 8        # sequences per tokenizer step
     tokenizer_length: int = 8       # frames of a tokenizer sequence: more than tokenizer_context
-    tokenizer_steps: int = 3000     # training steps of the tokenizer
-    mask_ramp: float = 0.5          # share of tokenizer training over which masking ramps up from none
+    tokenizer_steps: int = 3000     # training steps of the tokenizer, in every round
+    mask_ramp: float = 0.5          # share of the first round's over which masking ramps up from none
     dynamics_steps: int = 1200      # training steps of the dynamics
     agent_steps: int = 500          # training steps of agent finetuning, in every round
     imagination_steps: int = 250    # rollouts of imagination training, in every round
@@ -85,7 +85,7 @@ class TrainConfig(Config):
     updates: int = 4                # gradient steps on every batch of rollouts
     value_steps: int = 30           # rollouts that train only the value head, at first
     k: int = 4                      # denoising steps of a dreamed frame, K
-    temperature: float = 1.0        # of the dreams that train the policy: above 1 they are less sure, and less easy
+    temperature: float = 1.0        # of the last round's dreams, rising from near 1: above it they are less sure
     tokenizer_lr: float = 1e-3      # peak learning rate: AdamW; the blocks' matrices get Muon with twice as much
     dynamics_lr: float = 1e-3       # the same for the dynamics, and in agent finetuning
     policy_lr: float = 3e-4         # AdamW, for policy and value head in imagination
@@ -104,19 +104,22 @@ class TrainConfig(Config):
             raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
 
 
+# CarRacing, small and large; the README's lessons say why
+RECIPE = dict(gamma=0.98, beta=0.05, rounds=4, k_max=64, separate_images=0.1, temperature=1.6)
 PRESETS = {
     "tiny": dict(tokenizer_width=32, tokenizer_depth=2, tokenizer_heads=2, latents=8, latent_channels=8, width=32,
                  depth=4, heads=2, kv_heads=1, registers=1, context=8, head_width=32, pack=2, k_max=4,
                  episode_frames=40, envs=2, collect_episodes=6, batch_size=4, short_length=6, long_length=12,
                  tokenizer_batch=4, tokenizer_steps=30, dynamics_steps=30, agent_steps=20, imagination_steps=6,
                  rollouts=4, rollout_context=4, horizon=4, value_steps=2, warmup=10, eval_episodes=2),
-    "cpu": dict(patch=16, tokenizer_width=128, tokenizer_heads=4, width=192, head_width=128, pack=4, gamma=0.98,
-                beta=0.05, collect_episodes=160, round_episodes=60, rounds=4),
-    "gpu": dict(image_size=(96, 96), tokenizer_width=384, tokenizer_depth=6, latents=32, width=512, depth=12,
-                heads=8, kv_heads=2, registers=4, context=32, batch_size=64, short_length=24, long_length=64,
-                tokenizer_batch=32, tokenizer_steps=20000, dynamics_steps=40000, agent_steps=10000,
-                imagination_steps=1000, rollouts=256, head_width=512, collect_episodes=1000, envs=16,
-                round_episodes=200, tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999, compile=True),
+    "cpu": RECIPE | dict(patch=16, tokenizer_width=128, tokenizer_heads=4, width=192, head_width=128, pack=4, k=2,
+                         collect_episodes=160, round_episodes=60, tokenizer_steps=1500, agent_steps=400,
+                         imagination_steps=300),
+    "gpu": RECIPE | dict(image_size=(96, 96), tokenizer_width=384, tokenizer_depth=6, latents=32, width=512, depth=12,
+                         heads=8, kv_heads=2, registers=4, context=32, batch_size=64, short_length=24, long_length=64,
+                         tokenizer_batch=32, tokenizer_steps=5000, dynamics_steps=40000, agent_steps=5000,
+                         imagination_steps=1000, rollouts=256, head_width=512, collect_episodes=1000, envs=16,
+                         round_episodes=200, tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999, compile=True),
     "minerl": dict(latent_channels=32, tokenizer_width=256, tokenizer_depth=6, tokenizer_heads=8, depth=6, heads=8,
                    kv_heads=2, registers=4, pack=1, batch_size=8, short_length=16, long_length=16,
                    tokenizer_batch=8, tokenizer_length=16),
@@ -881,14 +884,14 @@ def train_tokenizer(run):
     loop = Loop(run, "tokenizer", "tokenizer.pt", model, cfg.tokenizer_steps, cfg.tokenizer_lr, state)
     B, T = cfg.tokenizer_batch, cfg.tokenizer_length
     for step in loop:
-        ramp = min(1.0, step / max(cfg.mask_ramp * cfg.tokenizer_steps, 1))
+        ramp = 1.0 if run.round else min(1.0, step / max(cfg.mask_ramp * cfg.tokenizer_steps, 1))
         batch = run.rows({"frames": data.sample(loop.rng, B, T, ["frames"])["frames"],
                           "mask": model.draw(B, T, cfg.mask_max * ramp)})
         with run.autocast():
             loss, metrics = loop.train(to_images(batch["frames"], run.device), batch["mask"])
         loop.update(loss, metrics, B * T)
     tokenizer, scores, columns = run.use(loop.ema), [], []
-    for episode in data.held_out[:8]:
+    for episode in data.held_out[::max(1, len(data.held_out) // 8)][:8]:                  # of all rounds
         truth, t = episode["frames"], len(episode["frames"]) // 2
         output = decode(tokenizer, encode(tokenizer, truth)[None])[0]
         scores.append(psnr(truth, output))
@@ -941,13 +944,13 @@ def train_agent(run):
     if not state:                              # the first round starts from the dynamics, later ones from the last
         model.dynamics.load_state_dict(run.load("dynamics.pt", "dynamics", cfg.dynamics_steps)["ema"])
     kept = {"tokenizer": tokenizer.state_dict()}
-    if state and "heads" in state:                                      # the value goes on from the round before
-        kept["heads"] = {name: x for name, x in state["heads"].items() if name.startswith("value_head")}
+    if state and "heads" in state:                                      # policy and value go on in imagination
+        kept["heads"] = state["heads"]
     loop = Loop(run, "agent", "agent.pt", model, cfg.agent_steps, cfg.dynamics_lr, state, kept=kept)
     for step in loop:
         B, T = sequence_shapes(cfg, step)
         batch = data.sample(loop.rng, B, T, ["latents", "actions", "rewards"], cfg.rewarded_share)
-        batch = run.rows(batch | model.dynamics.draw(B, T, cfg.context_share))
+        batch = run.rows(batch | model.dynamics.draw(B, T))
         with run.autocast():
             loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch["rewards"],
                                        batch["continues"], batch)
@@ -992,23 +995,24 @@ def train_imagination(run):
     data.encode(load_tokenizer(run), run.folder)
     agent = Agent(cfg)
     agent.load_state_dict(state["ema"])
+    begin = state.get("prior", state.get("heads", {}))       # in later rounds policy and value go on from before, and
+    agent.load_state_dict(begin, strict=False)               # the prior is that policy: each round trusts its own data
     agent = run.use(agent)
-    model = Imagination(agent)                                         # keeps the cloned policy as its prior
-    if state["phase"] == "agent" and "heads" in state:                  # a new round: the policy starts as the clone
-        state["heads"] |= {f"policy_head.{name}": x for name, x in agent.policy_head.state_dict().items()}
-    kept = {name: state[name] for name in ("tokenizer", "model", "ema")}
+    model = Imagination(agent)
+    kept = {"prior": begin} | {name: state[name] for name in ("tokenizer", "model", "ema")}
     loop = Loop(run, "imagination", "agent.pt", model, cfg.imagination_steps, cfg.policy_lr, state, ("heads",), kept)
+    temperature = 1 + (cfg.temperature - 1) * (run.round + 1) / cfg.rounds     # a beginner learns from easier dreams
     for step in loop:
         batch = run.rows(data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
                                      cfg.rewarded_share))
         torch.manual_seed(int(loop.rng.integers(2**31)) + run.rank)    # every process dreams its own dreams
         rollout = imagine(agent, batch["latents"].float(), batch["actions"], cfg.horizon, cfg.k,
-                          temperature=cfg.temperature)
+                          temperature=temperature)
         for i in range(cfg.updates):
             loss, metrics = loop.train(rollout, float(step >= cfg.value_steps))
             loop.update(loss, metrics, cfg.rollouts * cfg.horizon * (i + 1 == cfg.updates))
     say(f"[imagination] health: D+ holds {metrics['good']:.0%} of the steps, advantages spread "
-        f"{metrics['advantage_std']:.3g}, KL to the cloned policy {metrics['kl']:.3g}, imagined reward per step "
+        f"{metrics['advantage_std']:.3g}, KL to the prior {metrics['kl']:.3g}, imagined reward per step "
         f"{metrics['reward']:.3g}")
     if not 0.02 < metrics["good"] < 0.98 or metrics["advantage_std"] < 1e-4:
         say("[imagination] WARNING: D+ or D- is (nearly) empty: no learning signal. Look at the reward head's "
@@ -1406,9 +1410,9 @@ def run_all(run):
         if cfg.env:
             collect(run, run.path("agent.pt") if run.round else None)
         wait()
+        train_tokenizer(run)
         if run.round == 0:
-            train_tokenizer(run)
-            train_dynamics(run)
+            train_dynamics(run)                     # in later rounds it goes on learning within the agent
         train_agent(run)
         train_imagination(run)
     result, agent = run.path("eval.json"), run.path("agent.pt")

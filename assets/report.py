@@ -19,9 +19,9 @@ POLICIES = {"random": "random (as collected)", "bc": "behaviour cloning", "retur
 COLORS = {"random": "#9aa0a6", "bc": "#e0a030", "return": "#2a6fbb"}
 SEEDS = ["#2a6fbb", "#c2571a", "#2e8b57", "#7b4fa3", "#555555"]
 MEASURES = [
-    ("tokenizer PSNR, dB", "tokenizer_psnr"), ("dream PSNR, 16 frames open loop from 4, K = 4, dB", "dream_psnr_k4"),
+    ("tokenizer PSNR, dB", "tokenizer_psnr"), ("dream PSNR, 16 frames open loop from 4, K = 2, dB", "dream_psnr_k2"),
     ("the same with another episode's actions", "dream_psnr_shuffled"), ("the same with K = 1", "dream_psnr_k1"),
-    ("the same with K = 2", "dream_psnr_k2"), ("the same with K = K_max = 8", "dream_psnr_k8"),
+    ("the same with K = 4", "dream_psnr_k4"), ("the same with K = K_max = 64", "dream_psnr_k64"),
     ("repeating the last context frame", "copy_psnr"), ("mean of the latents, held-out data", "latent_mean_real"),
     ("mean of the latents, frames 151 ... 200 of a dream", "latent_mean_dream"),
     ("spread of the latents, held-out data", "latent_std_real"),
@@ -99,7 +99,7 @@ def curves_figure(names, logs, results):
     panels = [("tokenizer", "mse", "tokenizer: mean squared error", "log"),
               ("dynamics", "dynamics", "dynamics: weighted loss", "log"), ("agent", "reward", "agent: reward loss", "linear"),
               ("imagination", "return", "imagination: λ-return", "linear"),
-              ("imagination", "kl", "imagination: KL to the cloned policy", "linear")]
+              ("imagination", "kl", "imagination: KL to the prior", "linear")]
     for axis, (phase, key, title, scale) in zip(axes.flat, panels):
         for name, log, color in zip(names, logs, SEEDS):
             rows = [row for row in log if row["phase"] == phase and key in row and "step" in row]
@@ -114,9 +114,9 @@ def curves_figure(names, logs, results):
     axis = axes.flat[-1]
     for name, log, result, color in zip(names, logs, results, SEEDS):
         rounds = {row["round"]: row["return_mean"] for row in log if row["phase"] == "collect"}
-        y = [rounds[r] for r in sorted(rounds)] + [result["return_mean"]]
-        axis.plot(range(len(y)), y, "o-", color=color, lw=1.1, ms=4)
-    axis.set_xticks(range(len(y)), ["random"] + [f"round {r}" for r in range(1, len(y) - 1)] + ["final"])
+        rounds[max(rounds) + 1] = result["return_mean"]
+        axis.plot(rounds.keys(), rounds.values(), "o-", color=color, lw=1.1, ms=4)
+    axis.set_xticks(range(len(rounds)), ["random"] + [f"round {r}" for r in range(1, len(rounds) - 1)] + ["final"])
     axis.set_title("real return: collected (1/10 random), final", fontsize=9)
     axes.flat[0].legend(frameon=False, fontsize=8)
     for axis in axes.flat:
