@@ -1,6 +1,6 @@
 """The paper's claims at the scale of the cpu preset: dynamics variants on the data and tokenizer of a finished run.
 
-    python assets/ablations.py runs/cpu            # writes assets/results/ablations.csv; about half an hour
+    python assets/ablations.py runs/cpu            # writes assets/results/ablations.csv; about an hour
     python assets/ablations.py runs/cpu --steps 20 # a try
 
 Every variant trains from the same seed, on the same episodes, for the same number of steps, and then dreams 16 frames
