@@ -75,7 +75,7 @@ class TrainConfig(Config):
     tokenizer_batch: int = 8        # sequences per tokenizer step
     tokenizer_length: int = 8       # frames of a tokenizer sequence: more than tokenizer_context
     tokenizer_steps: int = 3000     # training steps of the tokenizer, in every round
-    mask_ramp: float = 0.5          # share of the first round's over which masking ramps up from none
+    mask_ramp: float = 0.5          # share of the first round's steps over which masking ramps up from none
     dynamics_steps: int = 1200      # training steps of the dynamics
     agent_steps: int = 500          # training steps of agent finetuning, in every round
     imagination_steps: int = 250    # rollouts of imagination training, in every round
@@ -85,7 +85,7 @@ class TrainConfig(Config):
     updates: int = 4                # gradient steps on every batch of rollouts
     value_steps: int = 30           # rollouts that train only the value head, at first
     k: int = 4                      # denoising steps of a dreamed frame, K
-    temperature: float = 1.0        # of the last round's dreams, rising from near 1: above it they are less sure
+    temperature: float = 1.0        # spread of the noise that dreams start from, last round; it rises over the rounds
     tokenizer_lr: float = 1e-3      # peak learning rate: AdamW; the blocks' matrices get Muon with twice as much
     dynamics_lr: float = 1e-3       # the same for the dynamics, and in agent finetuning
     policy_lr: float = 3e-4         # AdamW, for policy and value head in imagination

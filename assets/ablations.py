@@ -1,7 +1,7 @@
 """The paper's claims at the scale of the cpu preset: dynamics variants on the data and tokenizer of a finished run.
 
-    python assets/ablations.py runs/cpu            # writes assets/results/ablations.csv; about an hour
-    python assets/ablations.py runs/cpu --steps 20 # a try
+    python assets/ablations.py runs/cpu --steps 300    # writes assets/results/ablations.csv; about an hour
+    python assets/ablations.py runs/cpu --steps 20     # a try
 
 Every variant trains from the same seed, on the same episodes, for the same number of steps, and then dreams 16 frames
 open loop from 4 frames of held-out episodes. One seed each: differences of a few tenths of a decibel mean nothing.
