@@ -81,12 +81,24 @@ def seeded():
 # ---------------------------------------------------------------------------------------------------------
 # Attention: the kernel, positions, who sees whom within a frame
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_with_grouped_queries_is_attention_with_repeated_keys(masked):
-    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
-    mask = (torch.rand(5, 7) < 0.6) | (torch.arange(7) == 0) if masked else None
+class OnGPU(torch.Tensor):
+    """A tensor on the CPU that takes the way of those on a GPU."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, OnGPU])
+@pytest.mark.parametrize("mask_shape", [None, (5, 7), (2, 1, 5, 7)])
+def test_attention_with_grouped_queries_is_attention_with_repeated_keys(mask_shape, kind, monkeypatch):
+    q, k, v = torch.randn(2, 5, 4, 8).transpose(1, 2), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    mask = (torch.rand(mask_shape) < 0.6) | (torch.arange(7) == 0) if mask_shape else None
     repeated = (x.repeat_interleave(2, 1) for x in (k, v))
-    assert_close(attend(q, k, v, mask), F.scaled_dot_product_attention(q, *repeated, attn_mask=mask))
+    expected = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask)
+    kernel, heads = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **kwargs: heads.append([x.shape[1] for x in args]) or kernel(*args, **kwargs))
+    assert_close(attend(q.as_subclass(kind), k, v, mask).as_subclass(torch.Tensor), expected)
+    # on a GPU, PyTorch has no fused kernel for a mask with fewer heads of keys than of queries
+    assert heads == ([[2, 2, 2]] if kind is OnGPU else [])
 
 
 def test_soft_cap_bounds_the_logits():
@@ -1125,6 +1137,19 @@ def test_two_processes_have_the_gradients_and_the_loss_curve_of_one_with_the_who
     assert set(gradients) == set(curves) and all(gradients.values())
     assert_close(gradients2, gradients, rtol=1e-3, atol=5e-6)
     assert_close(curves2, curves, rtol=2e-3, atol=1e-5)
+
+
+def test_the_gpu_preset_divides_among_the_eight_processes_of_the_readme_and_other_batches_are_refused(
+        tmp_path, monkeypatch, capsys):
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 8)):
+        monkeypatch.setattr(train.dist, name, lambda value=value: value)
+    create = lambda **changes: train.Run(tmp_path, train.TrainConfig(**train.PRESETS["gpu"] | changes), 0, None)
+    create()
+    for blamed, changes in [("rollouts", dict(rollouts=100)), ("tokenizer_batch", dict(tokenizer_batch=12)),
+                            ("batch_size", dict(batch_size=48)), ("batch_size", dict(long_length=48))]:
+        with pytest.raises(SystemExit):
+            create(**changes)
+        assert f"--{blamed} gives batches" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
