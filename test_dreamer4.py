@@ -1152,6 +1152,28 @@ def test_the_gpu_preset_divides_among_the_eight_processes_of_the_readme_and_othe
         assert f"--{blamed} gives batches" in capsys.readouterr().err
 
 
+def test_compiled_blocks_stay_compiled_in_every_phase_and_round(monkeypatch):
+    """Past a limit of graphs for one function PyTorch goes on without compiling, and says so only in a warning."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: original(self, backend="eager", **options))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)    # restored
+    torch._dynamo.reset()
+    for _ in range(2):
+        for model in (Tokenizer(config()), Dynamics(config()), Agent(config())):
+            train.compile_blocks(model)
+            for B, T in [(8, 6), (4, 12)]:
+                batch = new_batch(B, T)
+                if isinstance(model, Tokenizer):
+                    loss, _ = model(torch.rand(2, 4, 3, *model.config.image_size), model.draw(2, 4))
+                elif isinstance(model, Dynamics):
+                    loss, _ = model(*batch[:2], model.draw(B, T))
+                else:
+                    loss, _ = model(*batch, model.dynamics.draw(B, T))
+                loss.backward()
+    torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Actions
 

@@ -717,7 +717,9 @@ def adopt(run, state, path):
 
 
 def compile_blocks(model):
-    """torch.compile for every transformer block: they share two graphs, so that compiling stays short."""
+    """torch.compile for every transformer block. Blocks share graphs, one for each kind of layer, model, length and
+    pass; at PyTorch's limit of 8 the others would run uncompiled."""
+    torch._dynamo.config.recompile_limit = 64
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(dynamic=False)
