@@ -989,10 +989,9 @@ class Imagination(nn.Module):
 
 def train_imagination(run):
     """Phase 3: the transformer is frozen; policy and value head learn on what model and policy dream up."""
-    cfg = run.cfg
-    if finished(run, "imagination", run.load("agent.pt"), cfg.imagination_steps):
+    cfg, state = run.cfg, run.load("agent.pt", "agent", run.cfg.agent_steps)
+    if finished(run, "imagination", state, cfg.imagination_steps):
         return
-    state = run.load("agent.pt", "agent", cfg.agent_steps)
     data = run.data()
     data.encode(load_tokenizer(run), run.folder)
     agent = Agent(cfg)
