@@ -148,18 +148,18 @@ SEES = {"patch": ("patch",), "latent": ("patch", "latent"), "query": ("latent", 
         "world": ("world",), "agent": ("world", "agent")}
 
 
-def attention_masks(groups, query_pos, key_pos, context, device=None):
+def attention_masks(groups, query_pos, key_pos, context):
     """Both masks of a transformer; True = may attend (sections 3.1 and 3.4).
 
     groups: ((name, tokens), ...) in the order of the frame's tokens; query_pos (T,), key_pos (U,): frame
     indices. Returns space (S, S), from the table above, and time (T, U), causal and banded: frame t sees
     the C frames t-C+1 ... t at its own token position.
     """
-    table = torch.tensor([[key in SEES[query] for key, _ in groups] for query, _ in groups], device=device)
-    counts = torch.tensor([count for _, count in groups], device=device)
-    space = table.repeat_interleave(counts, 0).repeat_interleave(counts, 1)
+    table = torch.tensor([[key in SEES[query] for key, _ in groups] for query, _ in groups])
+    counts = torch.tensor([count for _, count in groups])
+    space = table.repeat_interleave(counts, 0).repeat_interleave(counts, 1)          # on the CPU: a GPU would wait
     age = query_pos[:, None] - key_pos[None, :]
-    return space, (age >= 0) & (age < context)
+    return space.to(age.device, non_blocking=True), (age >= 0) & (age < context)
 
 
 def attend(q, k, v, mask=None, softcap=0.0):
@@ -195,7 +195,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)  # same dtype: the fused path
+        weight = self.weight.to(x.dtype)                            # same dtype: the fused path
+        return F.rms_norm(x, weight.shape, weight, 1e-6).to(x.dtype)           # autocast on CUDA gives float32
 
 
 class Block(nn.Module):
@@ -267,7 +268,7 @@ class Transformer(nn.Module):
         pos = torch.arange(start, start + T, device=x.device)
         keys = torch.arange(max(0, start - self.context), start + T, device=x.device)    # what the cache kept, and x
         groups = self.groups if S == sum(n for _, n in self.groups) else self.groups[:-1]   # no agent token
-        space, time = attention_masks(groups, pos, keys, self.context, x.device)
+        space, time = attention_masks(groups, pos, keys, self.context)
         if len(groups) == 1:
             space = None                                                # every token sees every token
         if separate is not None:

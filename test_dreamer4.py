@@ -9,6 +9,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from torch.distributed import run as torchrun
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 
@@ -99,6 +101,12 @@ def test_attention_with_grouped_queries_is_attention_with_repeated_keys(mask_sha
     assert_close(attend(q.as_subclass(kind), k, v, mask).as_subclass(torch.Tensor), expected)
     # on a GPU, PyTorch has no fused kernel for a mask with fewer heads of keys than of queries
     assert heads == ([[2, 2, 2]] if kind is OnGPU else [])
+
+
+def test_norms_keep_the_precision_of_the_residual_stream_where_autocast_does_not(monkeypatch):
+    norm, x, original = dreamer4.RMSNorm(8), torch.randn(2, 8).bfloat16(), F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda *args: original(*args).float())          # as under autocast on CUDA
+    assert norm(x).dtype == torch.bfloat16
 
 
 def test_soft_cap_bounds_the_logits():
@@ -1977,6 +1985,16 @@ def test_the_keys_pressed_change_the_dream(finished):
 
 README = (Path(train.__file__).parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_torchrun_takes_the_commands_of_the_readme():
+    """It looks for flags of its own, abbreviated ones too, in what comes after the script: --run would be one."""
+    commands = re.findall(r"(?:    |srun )torchrun (.*)", README.replace("\\\n", "") + train.__doc__)
+    assert len(commands) == 3
+    for command in commands:
+        arguments = torchrun.parse_args(shlex.split(re.sub(r"\$\(.*?\)", "host", command), comments=True))
+        assert arguments.training_script == "train.py"
+        train.parse(arguments.training_script_args)
 
 
 def test_the_code_of_the_readme_runs_and_its_episode_is_one(tmp_path, monkeypatch):

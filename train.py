@@ -10,7 +10,7 @@
     python train.py --phase dream --record dream.mp4 # truth above, dream below, same actions
     python train.py --phase play                     # drive in the dream, in a browser
     python train.py --phase bench                    # speed on this machine
-    torchrun --nproc_per_node 2 train.py             # several GPUs or processes
+    torchrun --nproc_per_node 2 -- train.py          # several GPUs or processes
 
 A phase that is interrupted (Ctrl-C, SIGTERM, SIGKILL) continues when the same command is given again.
 Every field of the two configs (dreamer4.Config and TrainConfig below) is a flag.
@@ -71,7 +71,7 @@ class TrainConfig(Config):
     long_every: int = 4             # every n-th batch is long (and smaller: the same number of frames)
     rewarded_share: float = 0.3     # share of sequences drawn around a rewarded frame (agent phase, contexts)
     recent_share: float = 0.5       # later rounds: share of sequences from the episodes of the newest round
-    memory_gb: float = 8.0          # frames to hold in memory; those of further episodes are read when needed
+    memory_gb: float = 8.0          # frames a process holds in memory; those of further episodes are read when needed
     tokenizer_batch: int = 8        # sequences per tokenizer step
     tokenizer_length: int = 8       # frames of a tokenizer sequence: more than tokenizer_context
     tokenizer_steps: int = 3000     # training steps of the tokenizer, in every round
@@ -119,7 +119,8 @@ PRESETS = {
                          heads=8, kv_heads=2, registers=4, context=24, batch_size=64, short_length=16, long_length=32,
                          tokenizer_batch=16, tokenizer_steps=5000, dynamics_steps=40000, agent_steps=5000,
                          imagination_steps=1000, rollouts=256, head_width=512, collect_episodes=1000, envs=16,
-                         round_episodes=200, tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999, compile=True),
+                         round_episodes=200, tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999, compile=True,
+                         memory_gb=12.0),
     "minerl": dict(latent_channels=32, tokenizer_width=256, tokenizer_depth=6, tokenizer_heads=8, depth=6, heads=8,
                    kv_heads=2, registers=4, pack=1, batch_size=8, short_length=16, long_length=16,
                    tokenizer_batch=8, tokenizer_length=16),
@@ -639,7 +640,7 @@ class Run:
                      f"({self.world} processes, the dynamics' also by shortcut_every)")
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         on_cpu = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
-        bf16 = torch.cuda.is_bf16_supported() if self.device != "cpu" else on_cpu
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if self.device != "cpu" else on_cpu
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     def autocast(self):
@@ -720,6 +721,7 @@ def compile_blocks(model):
     """torch.compile for every transformer block. Blocks share graphs, one for each kind of layer, model, length and
     pass; at PyTorch's limit of 8 the others would run uncompiled."""
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False                      # would split graphs that are small already
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(dynamic=False)
@@ -757,7 +759,7 @@ class Loop:
             compile_blocks(model)
         self.train = model
         if run.world > 1:
-            self.train = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            self.train = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
         say(f"[{phase}] round {run.round} on {run.device} in {str(run.dtype)[6:]}, {run.world} process(es), "
             f"{sum(p.numel() for p in trained) / 1e6:.2f} M trained parameters, "
             f"steps {self.first} ... {steps}")
@@ -769,11 +771,11 @@ class Loop:
         for self.step in range(self.first, self.steps):
             self.rng = self.run.seeded(self.phase, self.step)
             yield self.step
-            old = time.time() - self.saved > self.run.cfg.save_seconds
-            flags = torch.tensor([bool(STOP), old], device=self.run.device)
+            stop, due = bool(STOP), time.time() - self.saved > self.run.cfg.save_seconds
             if self.run.world > 1:                                           # all processes stop and save together
+                flags = torch.tensor([stop, due], device=self.run.device)
                 dist.all_reduce(flags, dist.ReduceOp.MAX)
-            stop, due = flags.tolist()
+                stop, due = flags.tolist()
             stop = stop and self.step + 1 < self.steps                      # else the phase writes its picture first
             if stop or due:
                 self.save()
@@ -798,7 +800,7 @@ class Loop:
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not torch.isfinite(norm) or not torch.isfinite(loss):
+        if not torch.isfinite(norm + loss):                                   # one look at the device, not two
             kept = self.run.path(self.file)
             fail(f"{self.phase}, step {self.step}: the loss is not finite (loss {loss.item()}, gradient norm "
                  f"{norm.item()}); " + (f"{kept} from before is intact; " if kept.exists() else "")
@@ -989,9 +991,10 @@ class Imagination(nn.Module):
 
 def train_imagination(run):
     """Phase 3: the transformer is frozen; policy and value head learn on what model and policy dream up."""
-    cfg, state = run.cfg, run.load("agent.pt", "agent", run.cfg.agent_steps)
-    if finished(run, "imagination", state, cfg.imagination_steps):
+    cfg = run.cfg
+    if finished(run, "imagination", run.load("agent.pt"), cfg.imagination_steps):
         return
+    state = run.load("agent.pt", "agent", cfg.agent_steps)
     data = run.data()
     data.encode(load_tokenizer(run), run.folder)
     agent = Agent(cfg)
@@ -1391,6 +1394,8 @@ def bench(run):
             work()
         if cfg.compile and "training" in name:          # after the count, which compiled code would hide
             compile_blocks(tokenizer if name.startswith("tokenizer") else dynamics)
+        if run.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()        # the count ran uncompiled
         spent = seconds(work)
         results[name], results[f"{name}_share"] = frames / spent, counter.get_total_flops() / spent / peak
         say(f"[bench] {name}: {results[name]:.0f} frames/s, {results[f'{name}_share']:.0%} of the matmul rate, "
@@ -1483,10 +1488,10 @@ def main(arguments=None):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, _: STOP.append(signum))
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=datetime.timedelta(days=1))         # the others wait while one collects
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(days=1))         # the others wait while one collects
     preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
     saved, settings = {}, Path(args.run) / "config.json"
     if args.checkpoint:
@@ -1530,8 +1535,11 @@ def main(arguments=None):
     if run.path("agent.pt").exists() and args.phase in ("agent", "imagination"):
         run.round = load_checkpoint(run.path("agent.pt"))["round"]
     began = time.time()
-    if args.phase in ("evaluate", "dream", "play", "bench") and not main_process():
-        return
+    if args.phase in ("evaluate", "dream", "play", "bench") and dist.is_initialized():
+        first = main_process()                                                # work for one process alone
+        dist.destroy_process_group()
+        if not first:
+            return
     {"collect": lambda: collect(run, args.policy), "tokenizer": lambda: train_tokenizer(run),
      "dynamics": lambda: train_dynamics(run), "agent": lambda: train_agent(run),
      "imagination": lambda: train_imagination(run),
@@ -1542,6 +1550,7 @@ def main(arguments=None):
     if args.phase not in ("evaluate", "bench", "all"):                    # their last line is the result as JSON
         say(f"[{args.phase}] done in {(time.time() - began) / 60:.1f} min")
     if dist.is_initialized():
+        wait()
         dist.destroy_process_group()
 
 
