@@ -1398,15 +1398,15 @@ def bench(run):
             torch.cuda.reset_peak_memory_stats()        # the count ran uncompiled
         spent = seconds(work)
         results[name], results[f"{name}_share"] = frames / spent, counter.get_total_flops() / spent / peak
+        results["peak_memory_gb"] = max(results.get("peak_memory_gb", 0), memory())
         say(f"[bench] {name}: {results[name]:.0f} frames/s, {results[f'{name}_share']:.0%} of the matmul rate, "
-            f"peak memory so far {memory():.2f} GB")
+            f"peak memory so far {results['peak_memory_gb']:.2f} GB")
     if cfg.env:
         began = time.time()
         cfg.episode_frames = min(cfg.episode_frames, 100)
         frames = sum(len(e["frames"]) for _, e in play(cfg, RandomPolicy(cfg, 0), range(cfg.envs)))
         results["collect"] = frames / (time.time() - began)
         say(f"[bench] collect: {results['collect']:.0f} frames/s with {cfg.envs} environments, start included")
-    results["peak_memory_gb"] = memory()
     say(json.dumps({name: round(x, 3) if isinstance(x, float) else x for name, x in results.items()}))
 
 
