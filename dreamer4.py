@@ -31,7 +31,7 @@ Deliberate deviations from the paper, each with its reason:
 - RoPE over time only, learned embeddings over the tokens of a frame: the simplest positions that stream.
 - No attention soft cap by default (QK-norm alone was stable); `softcap` turns it on.
 - Perceptual loss is an optional callable: LPIPS needs pretrained weights.
-- Every `shortcut_every`-th sequence trains the bootstrap, the others train d_min: half the compute for nearly
+- Every `shortcut_every`-th sequence trains the bootstrap, the others train d_min: 30 % less compute for nearly
   the same shortcut (as in shortcut models, where a quarter of the batch bootstraps).
 - Context signal level snaps to the grid of d_min, so that the frames have exactly the level of their label.
 - A share of the frames enters training at the context level. In use the whole past is at this level, and the heads
@@ -41,7 +41,7 @@ Deliberate deviations from the paper, each with its reason:
 - Continuous actions are binned and looked up: one kind of action space, a tuple of categoricals.
 - A continuation head is trained beside the reward head; categoricals mix in 1 % uniform (Dreamer 3).
 - Sequences treated as separate images lose their action too: no action led to an image.
-- Phase 3 divides no loss by its RMS: policy and value head share no parameters, and Adam ignores the scale.
+- Phase 3 divides no loss by its RMS: policy and value head share no parameters, and Adam scales each one's steps.
 - Two-hot bins span ±symexp(10), not ±symexp(20): far bins turn tiny leaked probabilities into big errors.
 """
 import copy
@@ -63,7 +63,7 @@ class Config:
     latents: int = 16               # latent tokens per frame, N (paper: 512)
     latent_channels: int = 16       # channels of a latent token, Z (paper: 16)
     tokenizer_width: int = 192      # width of encoder and decoder (ours)
-    tokenizer_depth: int = 4        # layers in the encoder, and again in the decoder (ours)
+    tokenizer_depth: int = 4        # layers in the encoder, and again in the decoder; time as in time_every (ours)
     tokenizer_heads: int = 6        # attention heads of encoder and decoder (ours)
     tokenizer_context: int = 4      # frames that the tokenizer's time attention sees (ours)
     mask_max: float = 0.9           # masked autoencoding: p ~ U(0, mask_max) per image (paper)
@@ -407,7 +407,7 @@ class Tokenizer(nn.Module):
         """Eq. 5: MSE over ALL patches + 0.2 perceptual, each RMS-normalized. Returns (loss, metrics).
 
         images (B, T, 3, H, W) in [0, 1]; mask from draw(); perceptual: callable (reconstruction, images),
-        both (B T, 3, H, W), -> scalar, for example LPIPS.
+        both (B T, 3, H, W), the reconstruction unclamped, -> scalar, for example LPIPS.
         """
         output = self.reconstruct(self.encode(images, mask))
         losses = {"mse": F.mse_loss(output, images)}
@@ -481,12 +481,11 @@ def shortcut_forcing_loss(denoise, half_step, z1, noise, tau, d, k_max, rows=sli
 
 
 @torch.no_grad()
-def generate(denoise, noise, k):
-    """K Euler steps of size d = 1/K from noise to data (section 3.2). denoise(z̃, τ, d) -> ẑ1, τ and d floats.
+def generate(denoise, z, k):
+    """K Euler steps of size d = 1/K from noise z to data (section 3.2). denoise(z̃, τ, d) -> ẑ1, τ and d floats.
 
     At τ = 1 - d the update lands exactly on the prediction: no evaluation at τ = 1 is missing.
     """
-    z = noise
     for i in range(k):
         tau, d = i / k, 1 / k
         z = z + (denoise(z, tau, d) - z) / (1 - tau) * d
@@ -522,13 +521,12 @@ class Dynamics(nn.Module):
         lookups = self.action_table(actions.clamp(min=0).long() + self.offsets) * known[..., None]
         return lookups.sum(-2) + self.action_base
 
-    def denoise(self, z, tau, d, actions, task_embedding=None, cache=None, write=False,
-                separate=None):
+    def denoise(self, z, tau, d, actions, task_embedding=None, cache=None, write=False, separate=None):
         """One pass over noisy latents. Returns ẑ1 (B, T, N, Z) float32, and h (B, T, D) or None.
 
         z (B, T, N, Z); τ, d (B, T) on the grids of eq. 4; actions (B, T, A): block t carries a_{t-1}.
         task_embedding (D,) or (B, D): puts the agent token into every block and returns its output h.
-        cache, write, separate: see Transformer.forward.
+        cache, write, separate: see Transformer.forward; here nothing is written unless asked for.
         """
         B, T, N, Z = z.shape
         D = self.config.width
@@ -597,10 +595,6 @@ class Dream:
         self.dynamics, self.task_embedding, self.k, self.generator = dynamics, task_embedding, k, generator
         self.temperature, self.cache = temperature, Cache()
 
-    def _noise(self, shape, device):
-        return torch.randn(shape, device=device, generator=self.generator)
-
-    @torch.no_grad()
     def reset(self, z, actions):
         """Start from a context. z (B, T, N, Z), actions (B, T, A) as in observe. Returns h_T (B, D) or None."""
         self.cache = Cache()
@@ -614,16 +608,16 @@ class Dream:
         c = self.dynamics.config
         tau = torch.full(z.shape[:2], c.context_level, device=z.device)
         d = torch.full_like(tau, 1 / c.k_max)
-        z = corrupt(z, self._noise(z.shape, z.device), tau)
+        noise = torch.randn(z.shape, device=z.device, generator=self.generator)
+        z = corrupt(z, noise, tau)
         return self.dynamics.denoise(z, tau, d, actions, self.task_embedding, self.cache, write=True)[1]
 
-    @torch.no_grad()
     def step(self, action):
         """Dream the frame that the action (B, A) leads to. Returns z (B, N, Z) and h (B, D) or None."""
         c, B, action = self.dynamics.config, len(action), action[:, None]
         full = lambda value: torch.full((B, 1), value, device=action.device)
         denoise = lambda z, tau, d: self.dynamics.denoise(z, full(tau), full(d), action, cache=self.cache)[0]
-        noise = self._noise((B, 1, c.latents, c.latent_channels), action.device)
+        noise = torch.randn(B, 1, c.latents, c.latent_channels, device=action.device, generator=self.generator)
         z = generate(denoise, self.temperature * noise, self.k)
         h = self.observe(z, action)
         return z[:, 0], (None if h is None else h[:, 0])
@@ -787,7 +781,7 @@ class Agent(nn.Module):
         led_from = torch.cat((actions[:, 1:], torch.full_like(actions[:, :1], -1)), 1)    # a_t leaves frame t
         (actions, valid), (rewards, _), (continues, _) = (
             multi_token_targets(x, self.config.distances) for x in (led_from, rewards, continues))
-        mean = lambda loss: (loss * valid).mean()  # over all B T L, masked ones too: equal shards, equal gradients
+        mean = lambda loss: (loss * valid).mean()  # over all B T L: shards of a batch weigh the same
         policy = mean(-self.log_prob(self.policy_head(h), actions))
         reward = mean(-(two_hot(rewards, self.bin_values) * self.reward_head(h).log_softmax(-1)).sum(-1))
         continue_ = mean(F.binary_cross_entropy_with_logits(self.continue_head(h)[..., 0], continues, reduction="none"))
@@ -828,9 +822,9 @@ class Agent(nn.Module):
 def imagine(agent, z, actions, horizon, k=4, task=0, generator=None, temperature=1.0):
     """Roll world model and policy forward together from a context (Algorithm 1, phase 3).
 
-    z (B, T, N, Z), actions (B, T, A): dataset context; k, temperature: see Dream. Returns h (B, H + 1, D) of
-    frames 0 ... H (frame 0 is the last of the context), actions (B, H, A) taken at frames 0 ... H-1, rewards,
-    continues (B, H) of frames 1 ... H, z (B, H, N, Z).
+    z (B, T, N, Z), actions (B, T, A): dataset context; task: index of its embedding; the rest as in Dream. Returns
+    h (B, H + 1, D) of frames 0 ... H (frame 0 is the last of the context), actions (B, H, A) taken at frames
+    0 ... H-1, rewards, continues (B, H) of frames 1 ... H, z (B, H, N, Z).
     """
     dream = agent.dream(k, task, generator, temperature)
     h = [dream.reset(z, actions)]

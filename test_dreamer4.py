@@ -877,9 +877,10 @@ def test_the_last_line_is_the_evaluation_as_json(finished):
     results = json.loads((finished / "stdout").read_text().splitlines()[-1])
     assert results == json.loads((finished / "eval.json").read_text())
     assert set(results) >= set("""return_mean return_se bc_mean bc_se random_mean random_se episodes tokenizer_psnr
-        dream_psnr_k1 dream_psnr_k2 dream_psnr_k4 dream_psnr_shuffled copy_psnr reward_corr value_corr latent_std_real
-        latent_std_dream wall_s""".split())
+        dream_psnr dream_psnr_k1 dream_psnr_k2 dream_psnr_k4 dream_psnr_shuffled copy_psnr reward_corr value_corr
+        latent_std_real latent_std_dream wall_s""".split())
     assert np.isfinite(list(results.values())).all() and results["episodes"] == 2
+    assert results["dream_psnr"] == results["dream_psnr_k4"] != results["dream_psnr_k2"]      # the preset's K
     assert 0 < results["copy_psnr"] < 60 and results["latent_std_real"] > 0 and results["latent_std_dream"] > 0
 
 
@@ -957,6 +958,17 @@ def test_a_checkpoint_alone_is_enough_without_optimizer_in_half_precision(finish
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 1
     main("--phase", "dream", "--length", 12, *flags)
     assert len(imageio.imread(tmp_path / "empty/dream.gif", index=None)) == 12
+
+
+def test_a_shipped_checkpoint_leaves_the_default_run_alone(finished, tmp_path, monkeypatch):
+    shutil.copy(finished / "agent.pt", tmp_path / "shipped.pt")
+    folders = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "dream", lambda run, *_: folders.append(run.folder))
+    main("--phase", "dream", "--checkpoint", "shipped.pt")
+    main("--phase", "dream", "--checkpoint", finished / "agent.pt")
+    main("--phase", "dream", "--preset", "tiny")
+    assert folders == [Path("runs/shipped"), finished, Path("runs/default")]
 
 
 def test_videos_are_as_long_as_asked_for_and_gif_or_mp4(copied, tmp_path):
@@ -1712,7 +1724,8 @@ def test_recorded_data_is_learned_from_without_an_environment(tmp_path, capsys):
     before = contents(folder)
     main("--preset", "tiny", "--run", tmp_path / "run", "--image_size", "8x8", "--action_spec", 9, "--rounds", 2)
     assert contents(folder) == before and (tmp_path / "run/dream.gif").exists()
-    assert load(tmp_path / "run", "agent.pt")["round"] == 0 and not (tmp_path / "run/eval.json").exists()
+    state = load(tmp_path / "run", "agent.pt")                # one round: the last, with the temperature of the last
+    assert state["round"] == 0 and state["config"]["rounds"] == 1 and not (tmp_path / "run/eval.json").exists()
     for phase in ("collect", "evaluate"):
         error(capsys, lambda: main("--phase", phase, "--run", tmp_path / "run"), "recorded data", "--env")
 
@@ -1812,7 +1825,7 @@ def test_presets_describe_models_that_can_be_built(preset):
     with torch.device("meta"):
         Tokenizer(cfg), Agent(cfg)
     assert cfg.tokenizer_length > cfg.tokenizer_context and cfg.k <= cfg.k_max
-    assert cfg.long_length > cfg.context or preset == "minerl"
+    assert cfg.long_length > cfg.context
 
 
 def test_the_code_reaches_the_size_of_the_paper(capsys):

@@ -104,7 +104,7 @@ class TrainConfig(Config):
             raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
 
 
-# CarRacing, small and large; the README's lessons say why
+# CarRacing, small and large; the README says why, under Lessons and Deviations
 RECIPE = dict(gamma=0.98, beta=0.05, rounds=4, k_max=64, separate_images=0.1, temperature=1.6)
 PRESETS = {
     "tiny": dict(tokenizer_width=32, tokenizer_depth=2, tokenizer_heads=2, latents=8, latent_channels=8, width=32,
@@ -122,7 +122,7 @@ PRESETS = {
                          round_episodes=200, tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999, compile=True,
                          memory_gb=12.0),
     "minerl": dict(latent_channels=32, tokenizer_width=256, tokenizer_depth=6, tokenizer_heads=8, depth=6, heads=8,
-                   kv_heads=2, registers=4, pack=1, batch_size=8, short_length=16, long_length=16,
+                   kv_heads=2, registers=4, pack=1, batch_size=8, short_length=16, long_length=32,
                    tokenizer_batch=8, tokenizer_length=16),
     "paper": dict(image_size=(360, 640), patch=16, latents=512, latent_channels=16, tokenizer_width=1024,
                   tokenizer_depth=16, tokenizer_heads=16, pack=2, width=2048, depth=36, heads=32, kv_heads=8,
@@ -1150,7 +1150,7 @@ def dream_metrics(run, tokenizer, agent, episodes, context=4, ahead=16, count=32
     real, z = long["latents"].astype(np.float32), dream(long, long["actions"])[:, context:][:, -50:]
     scores = {f"dream_psnr_k{2 ** i}": score(batch["actions"], 2 ** i) for i in range(cfg.k_max.bit_length())}
     return scores | {
-        "dream_psnr_shuffled": score(other),
+        "dream_psnr": scores[f"dream_psnr_k{cfg.k}"], "dream_psnr_shuffled": score(other),
         "copy_psnr": psnr(np.broadcast_to(batch["frames"][:, context - 1:context], truth.shape), truth),
         "latent_std_real": float(real.std()), "latent_std_dream": float(z.std()),
         "latent_mean_real": float(real.mean()), "latent_mean_dream": float(z.mean())}
@@ -1412,7 +1412,7 @@ def bench(run):
 
 def run_all(run):
     cfg = run.cfg
-    for run.round in range(cfg.rounds if cfg.env else 1):
+    for run.round in range(cfg.rounds):
         if cfg.env:
             collect(run, run.path("agent.pt") if run.round else None)
         wait()
@@ -1453,7 +1453,8 @@ def parse(arguments):
     parser.error = lambda message: fail(f"{message} (python train.py --help lists all flags)")
     parser.add_argument("--phase", choices=PHASES, default="all")
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu where CUDA is there, else cpu")
-    parser.add_argument("--run", default="runs/default", help="folder of this run")
+    parser.add_argument("--run", help="folder of this run, default runs/default; with --checkpoint its folder, or "
+                        "runs/NAME where that is no run")
     parser.add_argument("--seed", type=int, help="training seed, default 0")
     parser.add_argument("--checkpoint", help="agent.pt to evaluate, dream with or play")
     parser.add_argument("--policy", help="collect: checkpoint of the policy that acts")
@@ -1493,6 +1494,10 @@ def main(arguments=None):
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(days=1))         # the others wait while one collects
     preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    if args.run is None:
+        checkpoint = Path(args.checkpoint or "runs/default/agent.pt")
+        known = not args.checkpoint or (checkpoint.parent / "config.json").exists()
+        args.run = checkpoint.parent if known else Path("runs") / checkpoint.stem
     saved, settings = {}, Path(args.run) / "config.json"
     if args.checkpoint:
         state = load_checkpoint(args.checkpoint)
@@ -1528,6 +1533,8 @@ def main(arguments=None):
         actions = describe(env.action_space, cfg.action_bins)
         env.close()
     cfg.action_spec = action_sizes(actions)
+    if not cfg.env:
+        cfg.rounds = 1                                                # recorded data: nobody collects more
     run = Run(args.run, cfg, seed, actions, overrides)
     run.preset = saved.get("preset", preset)
     path = args.checkpoint or run.path("agent.pt")
