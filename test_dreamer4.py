@@ -912,6 +912,17 @@ def test_an_interrupted_collection_goes_on_with_the_episodes_it_would_have_playe
     assert all(np.array_equal(x, four[seed][name]) for seed in two for name, x in two[seed].items())
 
 
+def test_episodes_are_counted_for_one_phase_and_a_policy_adds_them(copied):
+    settings = lambda: json.loads((copied / "config.json").read_text())["config"]
+    before, played = settings(), len(read_episodes(copied))
+    main("--phase", "collect", "--run", copied, "--policy", copied / "agent.pt", "--episodes", 3)
+    assert len(read_episodes(copied)) == played + 3
+    assert settings() == before | {"round_episodes": 3}
+    main("--phase", "collect", "--run", copied, "--episodes", played + 4)
+    assert len(read_episodes(copied)) == played + 4
+    assert settings() == before | {"round_episodes": 3, "collect_episodes": played + 4}
+
+
 def test_every_phase_of_every_round_is_logged_and_reports_its_health(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert {(row["phase"], row["round"]) for row in rows} == {
@@ -1444,18 +1455,27 @@ def test_crafter_is_seeded_and_a_time_limit_is_no_death(monkeypatch):
         observation_space, action_space = Old.Box(0, 255, (64, 64, 3), np.uint8), Old.Discrete(17)
         _seed, _episode = None, 3
 
+        def __init__(self, reward=True):
+            self.reward = reward
+
+        def seed(self, seed):
+            """Comes from older versions of Gym, and does nothing here."""
+
         def reset(self):
             return np.full((64, 64, 3), self._seed + 10 * self._episode, np.uint8)
 
         def step(self, action):
-            return np.zeros((64, 64, 3), np.uint8), 0.0, True, {"discount": 1.0 - action}
+            return np.zeros((64, 64, 3), np.uint8), float(self.reward), True, {"discount": 1.0 - action}
 
     monkeypatch.setitem(sys.modules, "crafter", types.SimpleNamespace(Env=Crafter))
     env = train.PixelEnv(ticker(env="CrafterReward-v1", action_repeat=1))
     assert train.action_sizes(env.description) == (17,)
     for seed, action in ((4, 0), (5, 1)):
         assert (env.reset(seed=seed)[0] == seed).all()
-        assert env.step(np.array([action]))[2:4] == (action == 1, action == 0)
+        assert env.step(np.array([action]))[1:4] == (1, action == 1, action == 0)
+    env = train.PixelEnv(ticker(env="CrafterNoReward-v1", action_repeat=1))
+    env.reset(seed=4)
+    assert env.step(np.array([0]))[1] == 0
 
 
 @pytest.mark.parametrize("env, package", [("MineRLTreechop-v0", "pip install minerl"), ("CrafterReward-v1", "pip install crafter"),
@@ -1620,6 +1640,7 @@ def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file
         data.encode(tokenizer, tmp_path)
         for e in data.episodes:
             assert np.array_equal(e["latents"], encode(tokenizer, e["frames"]))
+            assert not isinstance(e["latents"], np.memmap)             # it would hold a file open for every episode
         return len(calls) - before
 
     tokenizers = [frozen(Tokenizer(config(image_size=(8, 8)))) for _ in range(2)]
@@ -1653,7 +1674,8 @@ def error(capsys, work, *words):
     ("patch", "--patch 0"), ("k_max", "--k_max 6"), ("episodes", "--episodes 0"), ("hold", "--hold 0"),
     ("action_bins", "--action_bins 1"), ("action_repeat", "--action_repeat 0"), ("long_every", "--long_every 0"),
     ("updates", "--updates 0"), ("batch_size", "--batch_size 0"), ("horizon", "--horizon 0"), ("envs", "--envs 0"),
-    ("seed", "--seed -1"), ("--env", "--env Nothing-v0"),
+    ("seed", "--seed -1"), ("recent_share", "--recent_share 2"), ("tokenizer_lr", "--tokenizer_lr -1"),
+    ("--env", "--env Nothing-v0"),
     ("--env", "--env CarRacing-v99"), ("--phase collect", "--phase tokenizer"),
     ("--phase tokenizer", "--phase dynamics"), ("--phase tokenizer", "--phase agent"),
     ("--phase agent", "--phase imagination"), ("agent.pt", "--phase evaluate"), ("agent.pt", "--phase dream"),
@@ -1666,8 +1688,8 @@ def test_bad_flags_and_missing_phases_end_in_one_line(tmp_path, capsys, words, f
 @pytest.mark.parametrize("word, flags", [
     ("--width", "--phase agent --agent_steps 30 --width 64"), ("--latents", "--phase dynamics --latents 4"),
     ("--image_size", "--phase evaluate --image_size 32x32"), ("action space", "--phase dynamics --action_bins 3"),
-    ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"), ("length", "--phase dream --length 4"),
-    ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
+    ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"),
+    ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"), ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
 def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(copied, capsys, word, flags):
     before = contents(copied)
     error(capsys, lambda: main("--run", copied, *flags.split()), word)

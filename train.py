@@ -18,7 +18,6 @@ Every field of the two configs (dreamer4.Config and TrainConfig below) is a flag
 import argparse
 import base64
 import contextlib
-import dataclasses
 import datetime
 import inspect
 import json
@@ -33,7 +32,7 @@ import threading
 import time
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -102,6 +101,10 @@ class TrainConfig(Config):
         super().__post_init__()
         if self.k < 1 or self.k & (self.k - 1) or self.k > self.k_max:
             raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
+        for name in ("uniform_share", "policy_random", "rewarded_share", "recent_share", "tokenizer_lr", "dynamics_lr",
+                     "policy_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"config: {name} must lie in [0, 1]")
 
 
 # CarRacing, small and large; the README says why, under Lessons and Deviations
@@ -157,9 +160,7 @@ def camera_angle(index):
 
 def camera_bin(angle):
     """Degrees -> bin; what exceeds 10 degrees goes to the outer bins."""
-    x = np.clip(np.asarray(angle, float) / CAMERA_MAX, -1, 1)
-    x = np.sign(x) * np.log1p(CAMERA_MU * np.abs(x)) / np.log1p(CAMERA_MU)
-    return ((x + 1) / 2 * (CAMERA_BINS - 1)).round().astype(int)
+    return np.searchsorted(camera_angle(np.arange(CAMERA_BINS - 1) + 0.5), angle)         # the ends of the bins
 
 
 def describe(space, bins):
@@ -168,7 +169,7 @@ def describe(space, bins):
         named = isinstance(space, gym.spaces.Dict)
         keys = list(space.spaces if named else range(len(space.spaces)))
         return {"keys": keys, "named": named, "parts": [describe(space[key], bins) for key in keys]}
-    if isinstance(space, gym.spaces.Box) and np.isfinite(space.low).all() and np.isfinite(space.high).all():
+    if isinstance(space, gym.spaces.Box) and space.is_bounded():
         low, step, sizes = space.low, (space.high.astype(float) - space.low) / (bins - 1), np.full(space.shape, bins)
         while (far := low + (bins - 1) * step > space.high).any():              # rounding: not an ulp too far
             step = np.where(far, np.nextafter(step, 0), step)
@@ -249,10 +250,10 @@ class OldGym(gym.Env):
         return str(space.values[action]) if hasattr(space, "values") else action
 
     def reset(self, seed=None, options=None):
-        if seed is not None and hasattr(self.env, "seed"):
-            self.env.seed(seed)
-        elif seed is not None:
+        if seed is not None and hasattr(self.env, "_episode"):
             self.env._seed, self.env._episode = seed, 0                       # Crafter has no other way
+        elif seed is not None:
+            self.env.seed(seed)
         observation = self.env.reset()
         return observation["pov"] if isinstance(observation, dict) else observation, {}
 
@@ -268,7 +269,7 @@ class OldGym(gym.Env):
 
 def make_env(cfg):
     """The bare environment of --env. CarRacing gets gas and brake on one axis: action (steer, pedal) in [-1, 1]."""
-    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):            # headless
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):    # headless
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         os.environ.setdefault("MUJOCO_GL", "egl")
     if not cfg.env:
@@ -282,7 +283,7 @@ def make_env(cfg):
             env = OldGym(old_gym.make(cfg.env, **kwargs))
         elif family == "Crafter":
             import crafter
-            env = OldGym(crafter.Env(**kwargs))
+            env = OldGym(crafter.Env(**({"reward": False} if "NoReward" in cfg.env else {}) | kwargs))
         else:
             name = f"ale_py:{cfg.env}" if family == "ALE/" else cfg.env       # registered by importing ale_py
             env = gym.make(name, render_mode="rgb_array", disable_env_checker=True, **kwargs)
@@ -309,6 +310,7 @@ class PixelEnv(gym.Wrapper):
         super().__init__(make_env(cfg))
         if multiprocessing.parent_process():            # in a worker: threads of OpenMP do not survive a fork
             torch.set_num_threads(1)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)                           # the main process ends the worker
         self.cfg = cfg
         self.description = describe(self.env.action_space, cfg.action_bins)
         space, inner = self.env.observation_space, self.env.unwrapped
@@ -404,7 +406,7 @@ def play(cfg, policy, seeds, done=lambda seed: False):
     """
     seeds, count = list(seeds), min(cfg.envs, len(seeds))
     envs = gym.vector.AsyncVectorEnv([lambda: PixelEnv(cfg)] * count, autoreset_mode="Disabled")
-    try:
+    with contextlib.closing(envs):
         for start in range(0, len(seeds), count):
             wave = (seeds[start:] + [seeds[-1]] * count)[:count]              # the last wave may repeat a seed
             if all(map(done, wave)):
@@ -429,8 +431,6 @@ def play(cfg, policy, seeds, done=lambda seed: False):
                 if hasattr(policy, "values"):
                     episode["values"] = cut_off(policy.values + policy.values[-1:], np.float32)
                 yield seed, episode
-    finally:
-        envs.close()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -470,8 +470,6 @@ def load_episode(path, cfg):
         fail(f"episode file {path} is damaged or no episode ({error}); delete it or make it again")
     episode = Episode(arrays, source=(path, cfg))
     T, A = episode["rewards"].size, len(cfg.action_spec)
-    if T == 0:
-        fail(f"episode file {path} has no frames; delete it or make it again")
     for name, shape, dtype in [("frames", (T, *cfg.image_size, 3), np.uint8), ("actions", (T, A), np.int16),
                                ("rewards", (T,), np.float32), ("terminal", (), np.bool_)]:
         if episode[name].shape != shape or episode[name].dtype != dtype:
@@ -479,8 +477,8 @@ def load_episode(path, cfg):
                  f"this run wants {shape} {np.dtype(dtype)}; use another --run or convert it")
     if (episode["actions"] < -1).any() or (episode["actions"] >= np.array(cfg.action_spec)).any():
         fail(f"episode file {path}: actions outside of the action spec {cfg.action_spec}; use another --run")
-    if not np.isfinite(episode["rewards"]).all():
-        fail(f"episode file {path}: rewards are not finite; delete it or make it again")
+    if T == 0 or not np.isfinite(episode["rewards"]).all():
+        fail(f"episode file {path}: rewards are missing or not finite; delete it or make it again")
     return episode
 
 
@@ -503,7 +501,7 @@ class Data:
             if room < 0:
                 del episode["frames"]
             self.episodes.append(episode)
-        self.held_out = [e for i, e in enumerate(self.episodes) if i % 10 == 0]
+        self.held_out = self.episodes[::10]
         self.train = [e for i, e in enumerate(self.episodes) if i % 10]
         self.recent = {id(e) for e in self.episodes[len(self.episodes) - recent:]}
         rewards = np.concatenate([e["rewards"][1:] for e in self.train])
@@ -523,7 +521,7 @@ class Data:
             check_stop()
             cached = folder / f"{path.stem}.npy"
             try:
-                episode["latents"] = np.load(cached, mmap_mode="c", allow_pickle=False)
+                episode["latents"] = np.load(cached, allow_pickle=False)     # mapped, it would keep its file open
                 if (len(episode["latents"]) != len(episode["rewards"])
                         or cached.stat().st_mtime < path.stat().st_mtime):
                     raise ValueError("of another episode")
@@ -609,8 +607,8 @@ def load_checkpoint(path):
 STOP = []                                                              # signals received
 
 
-def check_stop():
-    if STOP:
+def check_stop(stop=STOP):
+    if stop:
         say("stopped; the same command continues")
         raise SystemExit(130)
 
@@ -646,9 +644,6 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32)
 
-    def path(self, name):
-        return self.folder / name
-
     def seeded(self, phase, *step):
         """From here on the random numbers of a phase, or of one step in it, whatever ran before; equal on all
         processes. Returns a NumPy generator; torch is seeded too."""
@@ -660,24 +655,16 @@ class Run:
         """config.json: the settings of the last command that made something."""
         text = json.dumps({"preset": self.preset, "seed": self.seed, "actions": self.actions,
                            "config": asdict(self.cfg)}, indent=1)
-        write_file(self.path("config.json"), lambda file: file.write(text.encode()))
+        write_file(self.folder / "config.json", lambda file: file.write(text.encode()))
 
     def rows(self, batch):
         """This process's share of a batch drawn for all (numpy or torch, equal on all processes) -> device."""
         shard = lambda x: x[self.rank * len(x) // self.world:(self.rank + 1) * len(x) // self.world]
         return {name: torch.as_tensor(shard(x)).to(self.device) for name, x in batch.items()}
 
-    def save(self, name, **state):
-        if main_process():
-            # the random state of a step follows from seed, phase, round and step: see Loop.__iter__
-            state = {"format": FORMAT, "seed": self.seed, "round": self.round, "config": asdict(self.cfg),
-                     "actions": json.dumps(self.actions), **state}
-            write_file(self.path(name), lambda file: torch.save(state, file))
-            self.remember()
-
     def load(self, name, phase=None, steps=0):
         """The checkpoint, checked against this run; None where there is none, unless it must hold a finished phase."""
-        path, state = self.path(name), None
+        path, state = self.folder / name, None
         if path.exists():
             state = load_checkpoint(path)
             adopt(self, state, path)
@@ -695,16 +682,16 @@ class Run:
     def log(self, phase, **numbers):
         if main_process():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.path("metrics.jsonl"), "a") as file:
+            with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"phase": phase, "round": self.round, **numbers}) + "\n")
 
     def data(self):
-        return Data(self.cfg, self.path("data"), self.cfg.round_episodes if self.round else 0)
+        return Data(self.cfg, self.folder / "data", self.cfg.round_episodes if self.round else 0)
 
 
 def adopt(run, state, path):
     """Takes the architecture from a checkpoint; refuses flags and action spaces that contradict it."""
-    names = {field.name for field in dataclasses.fields(Config)} - TUNABLE
+    names = {field.name for field in fields(Config)} - TUNABLE
     saved = state["config"]
     for name in names & set(run.overrides):
         if saved[name] != getattr(run.cfg, name):
@@ -779,16 +766,18 @@ class Loop:
             stop = stop and self.step + 1 < self.steps                      # else the phase writes its picture first
             if stop or due:
                 self.save()
-            if stop:
-                STOP.append("elsewhere")
-                check_stop()
+            check_stop(stop)
         self.save()
 
     def save(self):
-        self.run.save(self.file, phase=self.phase, step=self.step + 1,
-                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
-                      **{name: module.state_dict() for name, module in zip(self.names, (self.model, self.ema))},
-                      **self.kept)
+        run = self.run
+        if main_process():         # the random state of a step follows from seed, phase, round and step: see __iter__
+            state = {"format": FORMAT, "phase": self.phase, "round": run.round, "step": self.step + 1, "seed": run.seed,
+                     "config": asdict(run.cfg), "actions": json.dumps(run.actions), **self.kept,
+                     **{name: module.state_dict() for name, module in zip(self.names, (self.model, self.ema))},
+                     "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+            write_file(run.folder / self.file, lambda file: torch.save(state, file))
+            run.remember()
         wait()                                      # no process reads the checkpoint before it is there
         self.saved = time.time()
 
@@ -801,10 +790,9 @@ class Loop:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not torch.isfinite(norm + loss):                                   # one look at the device, not two
-            kept = self.run.path(self.file)
             fail(f"{self.phase}, step {self.step}: the loss is not finite (loss {loss.item()}, gradient norm "
-                 f"{norm.item()}); " + (f"{kept} from before is intact; " if kept.exists() else "")
-                 + "try a smaller learning rate (--tokenizer_lr, --dynamics_lr, --policy_lr)")
+                 f"{norm.item()}); {self.run.folder / self.file} from before, if any, is intact; try a smaller "
+                 "learning rate (--tokenizer_lr, --dynamics_lr, --policy_lr)")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * rise * fall * (2 if isinstance(optimizer, torch.optim.Muon) else 1)
@@ -834,10 +822,10 @@ def collect(run, policy_file=None):
     """Real episodes -> data/*.npz. Round 0 acts randomly, later rounds (or --policy) by a trained policy."""
     cfg = run.cfg
     first = 0 if run.round == 0 else cfg.collect_episodes + (run.round - 1) * cfg.round_episodes
-    wanted = cfg.collect_episodes if run.round == 0 else cfg.round_episodes
-    name = lambda seed: run.path("data") / f"{seed:010d}.npz"
+    wanted = cfg.round_episodes if policy_file else cfg.collect_episodes
+    name = lambda seed: run.folder / "data" / f"{seed:010d}.npz"
     if policy_file and run.round == 0:                # by hand: append after whatever is there
-        first = len(list(run.path("data").glob("*.npz")))
+        first = len(list(run.folder.glob("data/*.npz")))
     seeds = [run.seed * 100_000 + i for i in range(first, first + wanted)]
     done = lambda seed: name(seed).exists()
     missing = wanted - sum(map(done, seeds))
@@ -880,7 +868,7 @@ def finished(run, phase, state, steps, picture=None):
 
 def train_tokenizer(run):
     cfg, state = run.cfg, run.load("tokenizer.pt")
-    if finished(run, "tokenizer", state, cfg.tokenizer_steps, run.path("tokenizer.png")):
+    if finished(run, "tokenizer", state, cfg.tokenizer_steps, run.folder / "tokenizer.png"):
         return
     data = run.data()
     run.seeded("tokenizer")
@@ -902,9 +890,9 @@ def train_tokenizer(run):
         columns.append(np.concatenate((truth[t], output[t]), 0))
     picture = np.concatenate(columns, 1).repeat(3, 0).repeat(3, 1)               # truth above, reconstruction below
     if main_process():
-        write_file(run.path("tokenizer.png"), lambda file: imageio.imwrite(file, picture, extension=".png"))
+        write_file(run.folder / "tokenizer.png", lambda file: imageio.imwrite(file, picture, extension=".png"))
     run.log("tokenizer", psnr=float(np.mean(scores)))
-    say(f"[tokenizer] PSNR on held-out episodes {np.mean(scores):.2f} dB; see {run.path('tokenizer.png')}")
+    say(f"[tokenizer] PSNR on held-out episodes {np.mean(scores):.2f} dB; see {run.folder / 'tokenizer.png'}")
 
 
 def sequence_shapes(cfg, step):
@@ -917,7 +905,7 @@ def sequence_shapes(cfg, step):
 
 def train_dynamics(run):
     cfg, state = run.cfg, run.load("dynamics.pt")
-    if finished(run, "dynamics", state, cfg.dynamics_steps, run.path("dynamics.gif")):
+    if finished(run, "dynamics", state, cfg.dynamics_steps, run.folder / "dynamics.gif"):
         return
     tokenizer, data = load_tokenizer(run), run.data()
     data.encode(tokenizer, run.folder)
@@ -931,14 +919,14 @@ def train_dynamics(run):
         with run.autocast():
             loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch)
         loop.update(loss, metrics, B * T)
-    write_dream(run, tokenizer, Dream(run.use(loop.ema), k=cfg.k), data.held_out, run.path("dynamics.gif"), 4, 32)
-    say(f"[dynamics] dream beside the truth: {run.path('dynamics.gif')}")
+    write_dream(run, tokenizer, Dream(run.use(loop.ema), k=cfg.k), data.held_out, run.folder / "dynamics.gif")
+    say(f"[dynamics] dream beside the truth: {run.folder / 'dynamics.gif'}")
 
 
 def train_agent(run):
     """Phase 2. Continues from dynamics.pt in round 0, from the round before later."""
     cfg, state = run.cfg, run.load("agent.pt")
-    if finished(run, "agent", state, cfg.agent_steps, run.path("agent.gif")):
+    if finished(run, "agent", state, cfg.agent_steps, run.folder / "agent.gif"):
         return
     tokenizer, data = load_tokenizer(run), run.data()
     data.encode(tokenizer, run.folder)
@@ -972,7 +960,7 @@ def train_agent(run):
         say("[agent] WARNING: the reward head has collapsed to a constant; try more --agent_steps or a larger "
             "--rewarded_share")
     run.log("agent", reward_corr=corr, reward_share=data.reward_share)
-    write_dream(run, tokenizer, agent.dream(cfg.k), data.held_out, run.path("agent.gif"), 4, 32)
+    write_dream(run, tokenizer, agent.dream(cfg.k), data.held_out, run.folder / "agent.gif")
 
 
 class Imagination(nn.Module):
@@ -1097,7 +1085,7 @@ def windows(episodes, rng, count, length):
             for name in ("frames", "latents", "actions", "rewards")}
 
 
-def write_dream(run, tokenizer, dream, episodes, path, context, length, agent=None, count=4):
+def write_dream(run, tokenizer, dream, episodes, path, length=32, agent=None, context=4, count=4):
     """Video: truth above, dream below, same actions; a bar marks the frames that were given as context.
 
     Where the truth ends the agent goes on, below a black picture.
@@ -1123,11 +1111,11 @@ def write_video(path, frames, scale=2, fps=12):
 
 def held_out_episodes(run, tokenizer, agent):
     """Held-out episodes with latents; where the run has no data, a few fresh ones that the policy plays."""
-    if len(list(run.path("data").glob("*.npz"))) >= 2:
+    if len(list(run.folder.glob("data/*.npz"))) >= 2:
         data = run.data()
         data.encode(tokenizer, run.folder)
         return data.held_out
-    say(f"{run.path('data')} holds no episodes: the policy plays 4 for contexts")
+    say(f"{run.folder / 'data'} holds no episodes: the policy plays 4 for contexts")
     seeds = [EVALUATION_SEEDS - 1 - i for i in range(4)]
     policy = AgentPolicy(tokenizer, agent, run.cfg, run.seed, run.cfg.policy_random)
     episodes = [e for _, e in play(run.cfg, policy, seeds)]
@@ -1180,7 +1168,7 @@ def evaluate(run, path, video):
                 "return": AgentPolicy(tokenizer, agent, cfg, run.seed)}
     results, played = {}, {}
     for name, policy in policies.items():
-        played[name] = sorted(play(cfg, policy, seeds), key=lambda pair: pair[0])
+        played[name] = list(play(cfg, policy, seeds))
         returns = np.array([e["rewards"].sum() for _, e in played[name]])
         results |= {f"{name}_mean": float(returns.mean()),
                     f"{name}_se": float(returns.std(ddof=min(1, len(returns) - 1)) / len(returns) ** 0.5)}
@@ -1207,11 +1195,11 @@ def evaluate(run, path, video):
     say(f"[evaluate] health: over {length - context} steps from the same frames the policy imagines "
         f"{results['imagined_reward']:.2f} and really gets {results['real_reward']:.2f}")
     results = {name: round(value, 4) for name, value in results.items()}
-    write_file(run.path("eval.json"), lambda file: file.write((json.dumps(results) + "\n").encode()))
+    write_file(run.folder / "eval.json", lambda file: file.write((json.dumps(results) + "\n").encode()))
     rows = [(name, seed, float(e["rewards"].sum()), len(e["frames"]) - 1)
             for name, pairs in played.items() for seed, e in pairs]
     text = "policy,seed,return,length\n" + "".join(f"{n},{s},{r:.3f},{t}\n" for n, s, r, t in rows)
-    write_file(run.path("episodes.csv"), lambda file: file.write(text.encode()))
+    write_file(run.folder / "episodes.csv", lambda file: file.write(text.encode()))
     shown = episodes[0]
     write_video(video, np.concatenate((shown["frames"], decode(tokenizer, shown["latents"][None])[0]), 2), fps=20)
     say(json.dumps(results))
@@ -1220,7 +1208,7 @@ def evaluate(run, path, video):
 def dream(run, path, length, video):
     tokenizer, agent, _ = load_agent(run, path)
     episodes = held_out_episodes(run, tokenizer, agent)
-    write_dream(run, tokenizer, agent.dream(run.cfg.k), episodes, video, 4, length, agent)
+    write_dream(run, tokenizer, agent.dream(run.cfg.k), episodes, video, length, agent)
     say(f"[dream] {video}: truth above, dream below, same actions; the policy goes on where the truth ends")
 
 
@@ -1286,7 +1274,31 @@ def serve(run, path, port):
             with contextlib.suppress(ConnectionError):                      # a tab that is closed while it waits
                 super().handle()
 
-        def answer(self, status, body, kind="text/plain; charset=utf-8"):
+        def answer(self):
+            """Status, body and its type. The host may carry another port: the server works through an SSH forward."""
+            host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+            if re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]") or (
+                    origin not in (None, f"http://{host}")):
+                return 403, b"foreign host or origin", "text/plain"
+            if self.command == "GET" and self.path == "/":
+                return 200, page, "text/html; charset=utf-8"
+            if self.command == "GET" or self.path not in ("/start", "/step", "/stop"):
+                return 404, b"not found", "text/plain"
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal() or int(length) > 1000:
+                return 400, b"the body must be a small JSON object", "text/plain"
+            body, self.close_connection = self.rfile.read(int(length)), False
+            try:
+                with one_at_a_time:
+                    state = getattr(player, self.path[1:])(**json.loads(body))
+                return 200, json.dumps(state).encode(), "application/json"
+            except KeyError:
+                return 410, b"this dream was forgotten; it starts again", "text/plain"
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                return 400, f"bad request: {error}".encode(), "text/plain; charset=utf-8"
+
+        def do_GET(self):
+            status, body, kind = self.answer()
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
@@ -1294,43 +1306,17 @@ def serve(run, path, port):
             self.end_headers()
             self.wfile.write(body)
 
-        def foreign(self):
-            """The host may carry another port: the server works through an SSH port forward."""
-            host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-            return (re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]")
-                    or origin not in (None, f"http://{host}"))
-
-        def do_GET(self):
-            if self.foreign():
-                return self.answer(403, b"foreign host or origin")
-            self.answer(200, page, "text/html; charset=utf-8") if self.path == "/" else self.answer(404, b"not found")
-
         def do_POST(self):
-            length = self.headers.get("Content-Length", "")
-            self.close_connection = True                                     # unless the body was read
-            if self.foreign():
-                return self.answer(403, b"foreign host or origin")
-            if self.path not in ("/start", "/step", "/stop"):
-                return self.answer(404, b"not found")
-            if not length.isdecimal() or int(length) > 1000:
-                return self.answer(400, b"the body must be a small JSON object")
-            body, self.close_connection = self.rfile.read(int(length)), False
-            try:
-                with one_at_a_time:
-                    answer = getattr(player, self.path[1:])(**json.loads(body))
-            except KeyError:
-                return self.answer(410, b"this dream was forgotten; it starts again")
-            except (ValueError, TypeError, OverflowError, RecursionError) as error:
-                return self.answer(400, f"bad request: {error}".encode())
-            self.answer(200, json.dumps(answer).encode(), "application/json")
+            self.close_connection = True                                     # unless the body is read
+            self.do_GET()
 
         def log_message(self, *_):
             pass
 
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        fail(f"--port {port}: {error.strerror}; choose another one")
+    except (OSError, OverflowError) as error:
+        fail(f"--port {port}: {error}; choose another one")
     server.timeout = 0.2
     say(f"[play] open http://127.0.0.1:{server.server_address[1]} (Ctrl-C ends it)")
     while not STOP:
@@ -1353,15 +1339,15 @@ def bench(run):
     def memory():
         if run.device != "cpu":
             return torch.cuda.max_memory_allocated() / 1e9
+        if sys.platform == "win32":
+            return float("nan")
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
-    rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048, device=run.device, dtype=dtype)
-        rates[dtype] = 2 * 2048 ** 3 / seconds(lambda: a @ a)
-        results[f"matmul_{str(dtype)[6:]}_gflops"] = round(rates[dtype] / 1e9)
-    peak = rates[run.dtype]
+        results[f"matmul_{str(dtype)[6:]}_gflops"] = round(2 * 2048 ** 3 / seconds(lambda: a @ a) / 1e9)
+    peak = results[f"matmul_{str(run.dtype)[6:]}_gflops"] * 1e9
     say(f"[bench] matmul: {results['matmul_float32_gflops']} GFLOP/s in float32, "
         f"{results['matmul_bfloat16_gflops']} in bfloat16")
 
@@ -1398,7 +1384,7 @@ def bench(run):
             torch.cuda.reset_peak_memory_stats()        # the count ran uncompiled
         spent = seconds(work)
         results[name], results[f"{name}_share"] = frames / spent, counter.get_total_flops() / spent / peak
-        results["peak_memory_gb"] = max(results.get("peak_memory_gb", 0), memory())
+        results["peak_memory_gb"] = max(memory(), results.get("peak_memory_gb", 0))
         say(f"[bench] {name}: {results[name]:.0f} frames/s, {results[f'{name}_share']:.0%} of the matmul rate, "
             f"peak memory so far {results['peak_memory_gb']:.2f} GB")
     if cfg.env:
@@ -1414,18 +1400,18 @@ def run_all(run):
     cfg = run.cfg
     for run.round in range(cfg.rounds):
         if cfg.env:
-            collect(run, run.path("agent.pt") if run.round else None)
+            collect(run, run.folder / "agent.pt" if run.round else None)
         wait()
         train_tokenizer(run)
         if run.round == 0:
             train_dynamics(run)                     # in later rounds it goes on learning within the agent
         train_agent(run)
         train_imagination(run)
-    result, agent = run.path("eval.json"), run.path("agent.pt")
+    result, agent = run.folder / "eval.json", run.folder / "agent.pt"
     if main_process() and not (result.exists() and result.stat().st_mtime > agent.stat().st_mtime):
-        dream(run, agent, 48, run.path("dream.gif"))
+        dream(run, agent, 48, run.folder / "dream.gif")
         if cfg.env:
-            evaluate(run, agent, run.path("policy.gif"))
+            evaluate(run, agent, run.folder / "policy.gif")
 
 
 def wait():
@@ -1463,23 +1449,24 @@ def parse(arguments):
     parser.add_argument("--record", nargs="?", metavar="FILE", help="evaluate, dream: the video to write, .gif or "
                         ".mp4, default RUN/policy.gif and RUN/dream.gif")
     parser.add_argument("--port", type=int, default=8000, help="port of the page to play on")
-    fields = parser.add_argument_group("config")
+    group = parser.add_argument_group("config")
     comments = {}
     for cls in (Config, TrainConfig):
         comments |= dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
-    for field in dataclasses.fields(TrainConfig):
-        fields.add_argument(f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS, metavar="X",
+    for field in fields(TrainConfig):
+        group.add_argument(f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS, metavar="X",
                             help=comments.get(field.name, "").replace("%", "%%"))
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     args = parse(arguments)
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    names = {field.name for field in fields(TrainConfig)}
     overrides = {name: value for name, value in vars(args).items() if name in names}
     if args.episodes is not None:
-        overrides |= {"collect_episodes": args.episodes, "round_episodes": args.episodes,
-                      "eval_episodes": args.episodes}
+        counts = {"collect": ["round_episodes" if args.policy else "collect_episodes"], "evaluate": ["eval_episodes"]}
+        overrides |= dict.fromkeys(
+            counts.get(args.phase, ["collect_episodes", "round_episodes", "eval_episodes"]), args.episodes)
     if args.length < 5:
         fail("--length must be at least 5: four frames are context")
     if args.record and Path(args.record).suffix not in (".gif", ".mp4"):
@@ -1488,7 +1475,10 @@ def main(arguments=None):
         fail("--seed must not be negative")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, _: STOP.append(signum))
-    if "WORLD_SIZE" in os.environ:
+    alone = args.phase in ("evaluate", "dream", "play", "bench")                # work for one process
+    if alone and os.environ.get("RANK", "0") != "0":
+        return
+    if "WORLD_SIZE" in os.environ and not alone:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
@@ -1511,13 +1501,12 @@ def main(arguments=None):
     if args.preset and saved.get("preset", preset) != preset:
         fail(f"--preset {preset}, but {settings} was made with {saved['preset']}; use another --run")
     values = saved.get("config", PRESETS[preset])
-    unknown = set(values) - names
-    if unknown:
-        fail(f"{args.checkpoint or settings} has settings that this version does not know: {sorted(unknown)}")
     try:
         cfg = TrainConfig(**{**values, **overrides})
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         fail(str(error))
+    except TypeError as error:
+        fail(f"{args.checkpoint or settings} has settings that this version does not know: {error}")
     seed = args.seed if args.seed is not None else saved.get("seed", 0)
     actions = saved.get("actions")
     if preset == "paper" and args.phase == "bench":
@@ -1537,21 +1526,16 @@ def main(arguments=None):
         cfg.rounds = 1                                                # recorded data: nobody collects more
     run = Run(args.run, cfg, seed, actions, overrides)
     run.preset = saved.get("preset", preset)
-    path = args.checkpoint or run.path("agent.pt")
+    path = args.checkpoint or run.folder / "agent.pt"
     wait()
-    if run.path("agent.pt").exists() and args.phase in ("agent", "imagination"):
-        run.round = load_checkpoint(run.path("agent.pt"))["round"]
+    if (run.folder / "agent.pt").exists() and args.phase in ("agent", "imagination"):
+        run.round = load_checkpoint(run.folder / "agent.pt")["round"]
     began = time.time()
-    if args.phase in ("evaluate", "dream", "play", "bench") and dist.is_initialized():
-        first = main_process()                                                # work for one process alone
-        dist.destroy_process_group()
-        if not first:
-            return
     {"collect": lambda: collect(run, args.policy), "tokenizer": lambda: train_tokenizer(run),
      "dynamics": lambda: train_dynamics(run), "agent": lambda: train_agent(run),
      "imagination": lambda: train_imagination(run),
-     "evaluate": lambda: evaluate(run, path, args.record or run.path("policy.gif")),
-     "dream": lambda: dream(run, path, args.length, args.record or run.path("dream.gif")),
+     "evaluate": lambda: evaluate(run, path, args.record or run.folder / "policy.gif"),
+     "dream": lambda: dream(run, path, args.length, args.record or run.folder / "dream.gif"),
      "play": lambda: serve(run, path, args.port),
      "bench": lambda: bench(run), "all": lambda: run_all(run)}[args.phase]()
     if args.phase not in ("evaluate", "bench", "all"):                    # their last line is the result as JSON
