@@ -1689,7 +1689,8 @@ def test_bad_flags_and_missing_phases_end_in_one_line(tmp_path, capsys, words, f
     ("--width", "--phase agent --agent_steps 30 --width 64"), ("--latents", "--phase dynamics --latents 4"),
     ("--image_size", "--phase evaluate --image_size 32x32"), ("action space", "--phase dynamics --action_bins 3"),
     ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"),
-    ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"), ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
+    ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"),
+    ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
 def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(copied, capsys, word, flags):
     before = contents(copied)
     error(capsys, lambda: main("--run", copied, *flags.split()), word)

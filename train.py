@@ -608,6 +608,7 @@ STOP = []                                                              # signals
 
 
 def check_stop(stop=STOP):
+    """Ends the program after a signal; stop: what several processes agreed on, in place of the own signals."""
     if stop:
         say("stopped; the same command continues")
         raise SystemExit(130)
@@ -1455,7 +1456,7 @@ def parse(arguments):
         comments |= dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     for field in fields(TrainConfig):
         group.add_argument(f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS, metavar="X",
-                            help=comments.get(field.name, "").replace("%", "%%"))
+                           help=comments.get(field.name, "").replace("%", "%%"))
     return parser.parse_args(arguments)
 
 
