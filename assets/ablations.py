@@ -18,6 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer4
 import train
+from assets.measures import psnr
+from assets.videos import decode, open_loop, random_windows
 
 
 class VelocityPrediction(dreamer4.Dynamics):
@@ -41,13 +43,18 @@ class DiffusionForcing(dreamer4.Dynamics):
         return super().denoise(z, tau, torch.full_like(d, 1 / self.config.k_max), *args, **kwargs)
 
 
+def velocity_weight(tau):
+    """Weight of the squared error in x-space that makes it one in v-space."""
+    return 1 / (1 - tau) ** 2
+
+
 SHORTCUT, FORCING = dreamer4.Dynamics, DiffusionForcing
 # name: model, changed settings, weight of the squared error in x-space, share of episodes with actions, K to dream with
 VARIANTS = {
     "as in the preset": (SHORTCUT, {}, None, 1.0, (1, 2, 4, 8, 16, 64)),
     "diffusion forcing": (FORCING, {}, None, 1.0, (1, 2, 4, 8, 16, 64)),
     "K_max = 8": (SHORTCUT, {"k_max": 8}, None, 1.0, (1, 2, 4, 8)),
-    "v-prediction and loss": (VelocityPrediction, {}, lambda tau: 1 / (1 - tau) ** 2, 1.0, (1, 2, 4, 8)),
+    "v-prediction and loss": (VelocityPrediction, {}, velocity_weight, 1.0, (1, 2, 4, 8)),
     "no ramp weight": (SHORTCUT, {}, torch.ones_like, 1.0, (4,)),
     "time attention every 2nd layer": (SHORTCUT, {"time_every": 2}, None, 1.0, (4,)),
     "30 % separate images": (SHORTCUT, {"separate_images": 0.3}, None, 1.0, (4,)),
@@ -61,10 +68,24 @@ VARIANTS = {
 }
 
 
+class AblationRun(train.Run):
+    """A run whose own files stay as they are, and whose data is given."""
+
+    def data(self):
+        return self.all_data
+
+    def save_config(self):
+        pass
+
+    def log(self, phase, **numbers):
+        pass
+
+
 def new_tokenizer(run, data):
     """A tokenizer trained anew, for as long as in one round."""
-    other = train.Run(run.folder / f"ablation{run.cfg.mask_max}", run.cfg, run.seed, run.actions)
-    other.preset, other.data = "ablation", lambda: data
+    folder = run.folder / f"ablation{run.cfg.mask_max}"
+    other = AblationRun(folder, run.cfg, run.seed, run.actions)
+    other.all_data = data
     train.train_tokenizer(other)
     return train.load_tokenizer(other)
 
@@ -83,22 +104,23 @@ def measure(run, data, name, steps):
     for i, e in enumerate(data.train):
         if (i * 0.6180339887) % 1 >= labeled:                     # an even, fixed choice of episodes
             e["actions"] = np.full_like(e["actions"], -1)
-    run.seeded("dynamics")
+    run.seed_phase("dynamics")
     model = cls(cfg)
     loop = train.Loop(run, "dynamics", "ablation.pt", model, steps, cfg.dynamics_lr)
     dreamer4.ramp_weight = weight or ramp
     for step in loop:
         B, T = train.sequence_shapes(cfg, step)
-        batch = run.rows(data.sample(loop.rng, B, T, ["latents", "actions"]) | model.draw(B, T))
+        batch = data.sample(loop.rng, B, T, ["latents", "actions"])
+        batch = run.to_device(batch | model.draw(B, T))
         with run.autocast():
-            loss, metrics = loop.train(batch["latents"].float(), batch["actions"], batch)
+            loss, metrics = loop.model_in_ddp(batch["latents"].float(), batch["actions"], batch)
         loop.update(loss, metrics, B * T)
     dreamer4.ramp_weight = ramp
     minutes = (time.time() - began) / 60
     for e, labels in zip(data.train, actions):
         e["actions"] = labels
-    dynamics, rng, context = run.use(loop.ema), np.random.default_rng(0), 4
-    batch = train.windows(data.held_out, rng, 64, context + 16)
+    dynamics, rng, context = run.for_inference(loop.ema), np.random.default_rng(0), 4
+    batch = random_windows(data.held_out, rng, 64, context + 16)
     truth = batch["frames"][:, context:]
     other = np.roll(batch["actions"], 1, 0)
     other[:, :context] = batch["actions"][:, :context]
@@ -107,9 +129,9 @@ def measure(run, data, name, steps):
         scores = {}
         for label, chosen in (("psnr", given), ("psnr_other_actions", other)):
             torch.manual_seed(0)
-            z = train.open_loop(dreamer4.Dream(dynamics, k=k), batch["latents"], chosen, context)
-            scores[label] = round(train.psnr(train.decode(tokenizer, z)[:, context:], truth), 2)
-        copy = train.psnr(np.broadcast_to(batch["frames"][:, context - 1:context], truth.shape), truth)
+            z = open_loop(dreamer4.Dream(dynamics, k=k), batch["latents"], chosen, context)
+            scores[label] = round(psnr(decode(tokenizer, z)[:, context:], truth), 2)
+        copy = psnr(np.broadcast_to(batch["frames"][:, context - 1:context], truth.shape), truth)
         yield {"variant": name, "steps": steps, "K": k, **scores, "copy_psnr": round(copy, 2),
                "std_ratio": round(float(z.std() / batch["latents"].astype(np.float32).std()), 3),
                "minutes": round(minutes, 1), "seed": run.seed}
@@ -125,10 +147,8 @@ def main():
     for name in [name for name in VARIANTS if (args.only or "") in name]:
         state = train.load_checkpoint(args.run / "tokenizer.pt")
         cfg = train.TrainConfig(**state["config"])
-        run = train.Run(args.run, cfg, state["seed"], None)
-        run.preset = "ablation"
-        run.remember, run.log = lambda: None, lambda *_, **__: None    # nothing of the run itself changes
-        data = train.Data(cfg, args.run / "data")
+        run = AblationRun(args.run, cfg, state["seed"], None)
+        data = run.all_data = train.Data(cfg, args.run / "data")
         for row in measure(run, data, name, args.steps):
             print(row, flush=True)
             new = not args.out.exists()

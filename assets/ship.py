@@ -2,13 +2,14 @@
 
     python assets/ship.py runs/cpu/agent.pt assets/carracing.pt
 """
+import functools
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train
+from assets.files import load_checkpoint, write_file
 
 NEEDED = ("format", "phase", "seed", "round", "step", "config", "actions", "tokenizer", "ema", "heads")
 
@@ -23,7 +24,7 @@ def half(value):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    state = train.load_checkpoint(sys.argv[1])
+    state = load_checkpoint(sys.argv[1])
     small = {name: half(state[name]) for name in NEEDED if name in state}
-    train.write_file(sys.argv[2], lambda file: torch.save(small, file))
+    write_file(sys.argv[2], functools.partial(torch.save, small))
     print(f"{sys.argv[2]}: {Path(sys.argv[2]).stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,147 @@
+"""Speed of everything on this machine, in one run.
+
+    python train.py --phase bench --preset cpu
+    python train.py --phase bench --preset minerl --compile true
+    python train.py --phase bench --preset paper      # parameter counts only, on the meta device
+"""
+import json
+import platform
+import sys
+import time
+
+import torch
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from dreamer4 import Agent, Cache, Dynamics, Tokenizer, imagine
+
+SIZES = {
+    # of an earlier MineRL implementation
+    "minerl": dict(
+        latent_channels=32, tokenizer_width=256, tokenizer_depth=6, tokenizer_heads=8, depth=6,
+        heads=8, kv_heads=2, registers=4, pack=1, batch_size=8, short_length=16, long_length=32,
+        tokenizer_batch=8, tokenizer_length=16),
+    # the 2 B model: to show that the code reaches it
+    "paper": dict(
+        image_size=(360, 640), patch=16, latents=512, latent_channels=16, tokenizer_width=1024,
+        tokenizer_depth=16, tokenizer_heads=16, pack=2, width=2048, depth=36, heads=32, kv_heads=8,
+        registers=8, context=192, k_max=64, head_width=2048, short_length=64, long_length=256,
+        action_spec=(2,) * 23 + (121,)),
+}
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def paper_sizes(cfg):
+    """Builds the models without memory and prints their parameter counts as JSON."""
+    with torch.device("meta"):
+        sizes = {"tokenizer": parameters(Tokenizer(cfg)), "dynamics": parameters(Dynamics(cfg))}
+    print(json.dumps(sizes))
+
+
+def seconds(work):
+    """Median time of one call, after two to warm up (and compile)."""
+    work()
+    work()
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=3).median
+
+
+def peak_memory(device):
+    """The most memory held so far, in GB: of the GPU or of this process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+    unit = 1e9 if sys.platform == "darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def matmul_rate(device, dtype):
+    """GFLOP/s of square matrix products."""
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    return round(2 * 2048 ** 3 / seconds(lambda: a @ a) / 1e9)
+
+
+def jobs(run):
+    """(name, frames, work, model to compile or None): work() finishes so many frames."""
+    cfg, device = run.cfg, run.device
+    tokenizer, agent = Tokenizer(cfg).to(device), Agent(cfg).to(device)
+    frozen_tokenizer, frozen_agent = run.for_inference(tokenizer), run.for_inference(agent)
+    B, T = cfg.tokenizer_batch, cfg.tokenizer_length
+    images = torch.rand(B, T, 3, *cfg.image_size, device=device)
+    B2, T2 = cfg.batch_size, cfg.short_length
+    z = torch.rand(16, max(T2, 8), cfg.latents, cfg.latent_channels, device=device) * 2 - 1
+    actions = torch.zeros(16, max(T2, 8), len(cfg.action_spec), dtype=torch.int64, device=device)
+    batch = (z[:1, :T2].expand(B2, -1, -1, -1), actions[:1, :T2].expand(B2, -1, -1))
+    k = min(4, cfg.k_max)
+    stream, cache = frozen_agent.dream(k), Cache()
+    stream.reset(z[:1, :8], actions[:1, :8])
+
+    def train_step(module, *inputs):
+        with run.autocast():
+            loss, _ = module(*inputs)
+        loss.backward()
+        module.zero_grad(set_to_none=True)
+
+    def tokenizer_training():
+        train_step(tokenizer, images, tokenizer.draw(B, T, device=device))
+
+    def dynamics_training():
+        train_step(agent.dynamics, *batch, agent.dynamics.draw(B2, T2, device=device))
+
+    def imagination():
+        imagine(frozen_agent, z[:, :8], actions[:, :8], 16, k)
+
+    def play():
+        frame, _ = stream.step(actions[:1, 0])
+        frozen_tokenizer.decode(frame[:, None], cache)
+
+    return [("tokenizer_training", B * T, tokenizer_training, tokenizer),
+            ("dynamics_training", B2 * T2, dynamics_training, agent.dynamics),
+            ("imagination", 16 * 16, imagination, None), ("play", 1, play, None)]
+
+
+def bench(run, compile_blocks, play, policy):
+    """Measures all jobs and the collection; the last line printed is the result as JSON.
+
+    run: train.Run; compile_blocks, play: those of train; policy: one that acts randomly.
+    """
+    cfg, device = run.cfg, run.device
+    machine = platform.processor() or platform.machine()
+    results = {"machine": machine, "threads": torch.get_num_threads()}
+    rates = {dtype: matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    results |= {f"matmul_{str(dtype)[6:]}_gflops": rate for dtype, rate in rates.items()}
+    print(f"[bench] matmul: {rates[torch.float32]} GFLOP/s in float32, "
+          f"{rates[torch.bfloat16]} in bfloat16", flush=True)
+    for name, frames, work, model in jobs(run):
+        if model:
+            results[f"{name.split('_')[0]}_parameters"] = parameters(model)
+        with FlopCounterMode(display=False) as counter:
+            work()
+        # only after the count, from which compiled code would hide
+        if model and cfg.compile:
+            compile_blocks(model)
+        if device != "cpu":
+            # the count ran uncompiled
+            torch.cuda.reset_peak_memory_stats()
+        spent = seconds(work)
+        rate = frames / spent
+        share = counter.get_total_flops() / spent / (rates[run.dtype] * 1e9)
+        memory = max(peak_memory(device), results.get("peak_memory_gb", 0))
+        results |= {name: rate, f"{name}_share": share, "peak_memory_gb": memory}
+        print(f"[bench] {name}: {rate:.0f} frames/s, {share:.0%} of the matmul rate, peak memory "
+              f"so far {memory:.2f} GB", flush=True)
+    if cfg.env:
+        start, frames = time.time(), 0
+        cfg.episode_frames = min(cfg.episode_frames, 100)
+        for _, episode in play(cfg, policy, range(cfg.envs)):
+            frames += len(episode["frames"])
+        results["collect"] = frames / (time.time() - start)
+        print(f"[bench] collect: {results['collect']:.0f} frames/s with {cfg.envs} environments, "
+              "start included", flush=True)
+    numbers = {name: round(x, 3) if isinstance(x, float) else x for name, x in results.items()}
+    print(json.dumps(numbers), flush=True)

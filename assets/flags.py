@@ -1,0 +1,150 @@
+"""The command line of train.py: its own flags, and one for every field of the configs.
+
+    python train.py --help
+"""
+import argparse
+import inspect
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from assets.files import PHASES, fail, load_checkpoint
+from dreamer4 import Config
+
+
+def flag_type(field):
+    """How the text of a flag becomes a field's value; argparse shows these functions' names."""
+    def numbers(text):
+        return tuple(int(part) for part in re.split("[x,]", text))
+
+    def boolean(text):
+        return bool(("false", "true").index(text.lower()))
+
+    if str(field.type).startswith("tuple"):
+        return numbers
+    return boolean if field.type is bool else field.type
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message):
+        fail(f"{message} (python train.py --help lists all flags)")
+
+
+def parse(arguments, description, presets, config):
+    """Command line -> argparse's namespace. Every field of the class `config` is a flag.
+
+    presets: their names; only flags of the config that were given are in the namespace.
+    """
+    parser = Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    add = parser.add_argument
+    add("--phase", choices=PHASES, default="all")
+    add("--preset", choices=presets, help="default: gpu where CUDA is there, else cpu")
+    add("--run", help="folder of this run, default runs/default; with --checkpoint its folder, or "
+        "runs/NAME where that is no run")
+    add("--seed", type=int, help="training seed, default 0")
+    add("--checkpoint", help="agent.pt to evaluate, dream with or play")
+    add("--policy", help="collect: checkpoint of the policy that acts")
+    add("--episodes", type=int, help="episodes to collect or to evaluate on")
+    add("--length", type=int, default=48, help="frames of the dream's video")
+    add("--record", nargs="?", metavar="FILE", help="evaluate, dream: the video to write, .gif or "
+        ".mp4, default RUN/policy.gif and RUN/dream.gif")
+    add("--port", type=int, default=8000, help="port of the page to play on")
+    group = parser.add_argument_group("config")
+    for cls in (Config, config):
+        source = inspect.getsource(cls)
+        comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
+        for field in fields(cls):
+            if field.name in comments:
+                group.add_argument(
+                    f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS,
+                    metavar="X", help=comments[field.name].replace("%", "%%"))
+    args = parser.parse_args(arguments)
+    if args.length < 5:
+        fail("--length must be at least 5: four frames are context")
+    if args.record and Path(args.record).suffix not in (".gif", ".mp4"):
+        fail(f"--record {args.record}: the name of a video ends in .gif or .mp4")
+    if args.seed is not None and args.seed < 0:
+        fail("--seed must not be negative")
+    return args
+
+
+def run_folder(args):
+    """--run, else the checkpoint's folder if that is a run, else a new one by its name."""
+    if args.run:
+        return Path(args.run)
+    if not args.checkpoint:
+        return Path("runs/default")
+    checkpoint = Path(args.checkpoint)
+    if (checkpoint.parent / "config.json").exists():
+        return checkpoint.parent
+    return Path("runs") / checkpoint.stem
+
+
+def saved_settings(args, folder):
+    """What --checkpoint or the run's config.json was made with; {} for a new run."""
+    if args.checkpoint:
+        state = load_checkpoint(args.checkpoint)
+        actions = json.loads(state["actions"])
+        return {"config": state["config"], "actions": actions, "seed": state["seed"]}
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_text())
+        saved["config"].keys()
+        return saved
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        fail(f"{path} is damaged ({error!r}); delete it and give the flags again")
+
+
+def read_settings(args, presets, config):
+    """Folder, settings (a config), what was saved there (a dict) and the names of the flags given.
+
+    Three rules:
+    1. The settings are those of --checkpoint or of the run's config.json, else the preset's.
+    2. Every flag overrides one; but not another --preset, and not the architecture of a checkpoint
+       (files.RunFolder.take_architecture).
+    3. --action_spec means recorded data: no environment, one round (train.open_run).
+    """
+    folder = run_folder(args)
+    saved = saved_settings(args, folder)
+    preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    if args.preset and saved.get("preset", preset) != preset:
+        fail(f"--preset {preset}, but {folder / 'config.json'} was made with {saved['preset']}; "
+             "use another --run")
+    saved = {"preset": preset, "config": presets[preset], "actions": None, "seed": 0} | saved
+    if args.seed is not None:
+        saved["seed"] = args.seed
+    names = {field.name for field in fields(config)}
+    overrides = {name: value for name, value in vars(args).items() if name in names}
+    if args.episodes is not None:
+        collected = "round_episodes" if args.policy else "collect_episodes"
+        counts = {"collect": [collected], "evaluate": ["eval_episodes"]}
+        every = ["collect_episodes", "round_episodes", "eval_episodes"]
+        overrides |= dict.fromkeys(counts.get(args.phase, every), args.episodes)
+    try:
+        cfg = config(**saved["config"] | overrides)
+    except ValueError as error:
+        fail(error)
+    except TypeError as error:
+        fail(f"{args.checkpoint or folder} has settings that this version does not know: {error}")
+    return folder, cfg, saved, overrides
+
+
+def check_batches(cfg, long_batch, processes):
+    """Every process must get the same number of sequences, of which every n-th bootstraps."""
+    group = processes * cfg.shortcut_every
+    for name, count, divisor in [
+            ("batch_size", cfg.batch_size, group), ("batch_size", long_batch, group),
+            ("rollouts", cfg.rollouts, processes),
+            ("tokenizer_batch", cfg.tokenizer_batch, processes)]:
+        if processes > 1 and count % divisor:
+            fail(f"--{name} gives batches of {count} sequences, which do not divide by {divisor} "
+                 f"({processes} processes, the dynamics' also by shortcut_every)")

@@ -1,0 +1,169 @@
+"""What `python train.py --phase evaluate` and the health reports measure of a model.
+
+Functions of models and arrays; nothing here knows of runs or files. Episodes are dicts of arrays as
+in the episode files, with "latents" (T, N, Z) beside them.
+"""
+import numpy as np
+import torch
+
+from assets.videos import decode, open_loop, random_windows
+from dreamer4 import Dream, imagine, lambda_returns
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of uint8 frames (..., H, W, 3), averaged over the frames."""
+    difference = a.astype(np.float32) - b.astype(np.float32)
+    error = np.square(difference).mean((-3, -2, -1)) / 255 ** 2
+    return float(np.mean(-10 * np.log10(np.maximum(error, 1e-10))))
+
+
+def correlation(a, b):
+    """Pearson's correlation of two arrays (n,); 0 where one of them is constant."""
+    if min(np.std(a), np.std(b)) < 1e-8:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+@torch.no_grad()
+def predict_rewards(agent, episodes, chunk=32):
+    """Streams whole episodes through the agent, `chunk` frames at a time.
+
+    Returns predicted and real rewards of all frames but the first, two flat arrays.
+    """
+    predicted, real = [], []
+    device = next(agent.parameters()).device
+    for episode in episodes:
+        stream, pieces = agent.dream(k=1), []
+        for t in range(0, len(episode["rewards"]), chunk):
+            z = torch.as_tensor(episode["latents"][None, t:t + chunk], device=device)
+            actions = torch.as_tensor(episode["actions"][None, t:t + chunk], device=device)
+            h = stream.observe(z.float(), actions)
+            pieces.append(agent.reward(h)[0].cpu().numpy())
+        predicted.append(np.concatenate(pieces)[1:])
+        real.append(episode["rewards"][1:])
+    return np.concatenate(predicted), np.concatenate(real)
+
+
+def reward_health(data, predicted, real):
+    """The agent phase's health report, a list of lines. data: train.Data; the rest (n,) arrays."""
+    lines = [
+        f"health: {data.nonzero_share:.1%} of the rewards are not zero, {data.reward_share:.1%} "
+        f"differ from the usual {data.usual_reward:.3g}, spread {data.reward_std:.3g}; predicted "
+        f"rewards on held-out episodes: spread {predicted.std():.3g}, "
+        f"correlation {correlation(predicted, real):.3f}"]
+    if data.reward_std < 1e-6:
+        lines.append(
+            "WARNING: all rewards are equal: the reward head has nothing to learn, and imagination "
+            "will have no good or bad actions. Phases 2 and 3 then only clone behaviour; bring data "
+            "with rewards")
+    elif predicted.std() < 0.1 * max(real.std(), 1e-6):
+        lines.append("WARNING: the reward head has collapsed to a constant; try more --agent_steps "
+                     "or a larger --rewarded_share")
+    return lines
+
+
+def imagination_health(metrics):
+    """The imagination phase's health report, a list of lines. metrics: of the last step."""
+    lines = [f"health: D+ holds {metrics['good']:.0%} of the steps, advantages spread "
+             f"{metrics['advantage_std']:.3g}, KL to the prior {metrics['kl']:.3g}, "
+             f"imagined reward per step {metrics['reward']:.3g}"]
+    if not 0.02 < metrics["good"] < 0.98 or metrics["advantage_std"] < 1e-4:
+        lines.append("WARNING: D+ or D- is (nearly) empty: no learning signal. Look at the reward "
+                     "head's correlation; try a larger --rewarded_share, more --value_steps or a "
+                     "longer --horizon")
+    return lines
+
+
+def dream_measures(tokenizer, agent, episodes, rng, k, context=4, ahead=16, count=32, far=200):
+    """Open-loop dreams from `context` frames against held-out truth, a dict of numbers.
+
+    PSNR of `count` dreams of `ahead` frames for every number of denoising steps K (k: the
+    preset's), with the true actions and with other ones; and whether the latents keep their mean
+    and spread `far` ahead.
+    """
+    near = random_windows(episodes, rng, count, context + ahead)
+    long = random_windows(episodes, rng, count // 4, context + far)
+    truth = near["frames"][:, context:]
+
+    def dream_on(batch, actions, steps):
+        dream = Dream(agent.dynamics, k=steps)
+        return open_loop(dream, batch["latents"], actions, context)
+
+    def score(actions, steps):
+        frames = decode(tokenizer, dream_on(near, actions, steps))
+        return psnr(frames[:, context:], truth)
+
+    real = long["latents"].astype(np.float32)
+    dreamed = dream_on(long, long["actions"], k)[:, context:][:, -50:]
+    scores = {}
+    for i in range(agent.config.k_max.bit_length()):
+        scores[f"dream_psnr_k{2 ** i}"] = score(near["actions"], 2 ** i)
+    # the same contexts with another episode's actions: how much the actions matter
+    other = np.roll(near["actions"], 1, 0)
+    other[:, :context] = near["actions"][:, :context]
+    still = np.broadcast_to(near["frames"][:, context - 1:context], truth.shape)
+    return scores | {
+        "dream_psnr": scores[f"dream_psnr_k{k}"],
+        "dream_psnr_shuffled": score(other, k),
+        "copy_psnr": psnr(still, truth),
+        "latent_std_real": float(real.std()), "latent_std_dream": float(dreamed.std()),
+        "latent_mean_real": float(real.mean()), "latent_mean_dream": float(dreamed.mean())}
+
+
+def values_and_returns(episode, gamma):
+    """The value head's expectation and the discounted return that came, where that is known.
+
+    A time limit cuts returns off, which the value cannot foresee: two horizons 1 / (1 - γ) before
+    it, at most half of the episode, are left out. Returns two arrays of equal length.
+    """
+    T = len(episode["rewards"])
+    known = T
+    if not episode["terminal"]:
+        known = T - min(round(2 / max(1 - gamma, 1e-6)), T // 2)
+    rewards = torch.as_tensor(episode["rewards"][None, 1:])
+    returns = lambda_returns(rewards, torch.zeros(1, T), torch.ones(1, T - 1), gamma, lam=1.0)
+    returns = np.append(returns[0].numpy(), np.float32(0))
+    return episode["values"][:known], returns[:known]
+
+
+def value_correlation(episodes, gamma):
+    """Correlation of value and real discounted return, over the frames of episodes with values."""
+    pairs = [values_and_returns(episode, gamma) for episode in episodes]
+    values, returns = (np.concatenate(arrays) for arrays in zip(*pairs))
+    return correlation(values, returns)
+
+
+def imagined_and_real_reward(agent, episodes, rng, context, horizon, k, temperature):
+    """Reward that the policy imagines, and really got, in the same `horizon` frames.
+
+    episodes: played by this policy; rewards are summed over the frames after `context` others.
+    Returns two means over 64 windows, and how many frames they are (fewer in short episodes).
+    """
+    batch = random_windows(episodes, rng, 64, context + horizon)
+    length = batch["rewards"].shape[1]
+    context = min(context, length - 1)
+    device = next(agent.parameters()).device
+    z, actions = (torch.as_tensor(batch[name][:, :context], device=device)
+                  for name in ("latents", "actions"))
+    rollout = imagine(agent, z.float(), actions, length - context, k, temperature=temperature)
+    real = batch["rewards"][:, context:].sum(1).mean()
+    return float(rollout["rewards"].sum(1).mean()), float(real), length - context
+
+
+def model_measures(tokenizer, agent, held_out, played, cfg, seed):
+    """Of tokenizer and world model on held-out episodes, of value and dreams on those that the
+    policy played. Returns a dict of numbers, and the health report, a line."""
+    scores = []
+    for episode in held_out:
+        reconstruction = decode(tokenizer, episode["latents"][None])[0]
+        scores.append(psnr(episode["frames"], reconstruction))
+    results = {"tokenizer_psnr": float(np.mean(scores))}
+    results |= dream_measures(tokenizer, agent, held_out, np.random.default_rng(seed), cfg.k)
+    results["reward_corr"] = correlation(*predict_rewards(agent, held_out))
+    results["value_corr"] = value_correlation(played, cfg.gamma)
+    imagined, real, count = imagined_and_real_reward(
+        agent, played, np.random.default_rng(seed), cfg.rollout_context, cfg.horizon, cfg.k,
+        cfg.temperature)
+    health = (f"health: over {count} steps from the same frames the policy imagines "
+              f"{imagined:.2f} and really gets {real:.2f}")
+    return results | {"imagined_reward": imagined, "real_reward": real}, health

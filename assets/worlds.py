@@ -1,0 +1,248 @@
+"""Environments that do not speak Gymnasium's plain interface, and the codec of action spaces.
+
+    python train.py --env MineRLTreechop-v0 --action_repeat 1      # needs minerl and Java 8
+    python train.py --env CrafterReward-v1 --action_repeat 1       # needs crafter
+    python train.py --env ALE/Pong-v5 --action_repeat 1            # needs ale-py
+
+MineRL and Crafter have the interface of Gym before Gymnasium; MineRL's camera, two angles, becomes
+one component of 11 * 11 categories. Tuple, Dict and MultiBinary action spaces are flattened.
+"""
+import os
+import sys
+
+import gymnasium as gym
+import numpy as np
+
+# VPT's camera: degrees per step, fine near 0 (μ-law)
+CAMERA_BINS, CAMERA_MAX, CAMERA_MU = 11, 10.0, 10.0
+
+
+def camera_angle(index):
+    """Bin of a camera axis in 0 ... 10 -> degrees in [-10, 10]."""
+    x = np.asarray(index) / (CAMERA_BINS - 1) * 2 - 1
+    return np.sign(x) * ((1 + CAMERA_MU) ** np.abs(x) - 1) / CAMERA_MU * CAMERA_MAX
+
+
+def camera_bin(angle):
+    """Degrees -> bin; what exceeds 10 degrees goes to the outer bins."""
+    ends = camera_angle(np.arange(CAMERA_BINS - 1) + 0.5)
+    return np.searchsorted(ends, angle)
+
+
+def describe_actions(space, bins):
+    """Box, Discrete, MultiDiscrete or MultiBinary -> plain values, stored with the model as JSON.
+
+    Index i of a component stands for low + i * step. A Box gets `bins` values per dimension, both
+    ends included. Raises Unusable for other spaces.
+    """
+    if isinstance(space, gym.spaces.Box) and space.is_bounded():
+        low, sizes = space.low, np.full(space.shape, bins)
+        step = (space.high.astype(float) - low) / (bins - 1)
+        # rounding must not lead beyond the end
+        while (beyond := low + (bins - 1) * step > space.high).any():
+            step = np.where(beyond, np.nextafter(step, 0), step)
+    elif isinstance(space, gym.spaces.Discrete):
+        low, step, sizes = space.start, 1, space.n
+    elif isinstance(space, gym.spaces.MultiDiscrete):
+        low, step, sizes = space.start, np.ones_like(space.nvec), space.nvec
+    elif isinstance(space, gym.spaces.MultiBinary):
+        low, step = np.zeros(space.shape, int), np.ones(space.shape, int)
+        sizes = np.full(space.shape, 2)
+    else:
+        raise Unusable(f"action space {space} is not supported; bounded Box, Discrete, "
+                       "MultiDiscrete, MultiBinary, Tuple and Dict are")
+    numbers = {"low": low, "step": step, "sizes": sizes}
+    plain = {name: np.asarray(x).tolist() for name, x in numbers.items()}
+    return plain | {"dtype": str(space.dtype)}
+
+
+def action_sizes(description):
+    """The tuple of category counts, in the order of the action's components."""
+    return tuple(np.ravel(description["sizes"]).tolist())
+
+
+def to_action(description, indices):
+    """Category indices (A,) -> an action of the described space."""
+    low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
+    action = low + np.reshape(indices, sizes.shape) * step
+    action = action.astype(description["dtype"])
+    return action if sizes.shape else action[()]
+
+
+def to_indices(description, action):
+    """An action of the described space -> indices (A,) int16; the nearest bin of a Box."""
+    low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
+    index = (np.asarray(action, float) - low) / np.where(step == 0, 1, step)
+    return index.round().clip(0, sizes - 1).astype(np.int16).ravel()
+
+
+class Unusable(ValueError):
+    """Why an environment cannot be used: one line to print."""
+
+
+class FlatActions(gym.ActionWrapper):
+    """Tuple, Dict and MultiBinary action spaces as one MultiDiscrete, in the order of the parts."""
+
+    def __init__(self, env, bins):
+        super().__init__(env)
+        self.leaves = [describe_actions(space, bins) for space in leaves(env.action_space)]
+        sizes = [n for leaf in self.leaves for n in action_sizes(leaf)]
+        self.action_space = gym.spaces.MultiDiscrete(sizes)
+
+    def action(self, indices):
+        """Indices (A,) -> an action of the original space."""
+        ends = np.cumsum([len(action_sizes(leaf)) for leaf in self.leaves])
+        pieces = np.split(np.asarray(indices), ends[:-1])
+        actions = [to_action(leaf, piece) for leaf, piece in zip(self.leaves, pieces)]
+        return build(self.env.action_space, iter(actions))
+
+    def indices(self, action):
+        """The inverse: an action of the original space -> indices (A,) int16."""
+        parts = flatten(self.env.action_space, action)
+        return np.concatenate([to_indices(leaf, part) for leaf, part in zip(self.leaves, parts)])
+
+
+def keys(space):
+    """Keys of the parts of a Tuple or Dict; None for other spaces."""
+    if isinstance(space, gym.spaces.Tuple):
+        return range(len(space.spaces))
+    return space.spaces if isinstance(space, gym.spaces.Dict) else None
+
+
+def leaves(space):
+    """The spaces that a nested space consists of."""
+    if keys(space) is None:
+        return [space]
+    return [leaf for key in keys(space) for leaf in leaves(space[key])]
+
+
+def flatten(space, action):
+    """The parts of an action, one for each leaf of the space."""
+    if keys(space) is None:
+        return [action]
+    return [part for key in keys(space) for part in flatten(space[key], action[key])]
+
+
+def build(space, parts):
+    """The inverse of flatten; parts: an iterator."""
+    if keys(space) is None:
+        return next(parts)
+    built = {key: build(space[key], parts) for key in keys(space)}
+    return built if isinstance(space, gym.spaces.Dict) else tuple(built.values())
+
+
+class OldGym(gym.Env):
+    """An environment from before Gymnasium: reset() gives the observation, step() four values.
+
+    MineRL's camera becomes one component of 11 * 11 categories; names of items become numbers.
+    """
+
+    def __init__(self, env):
+        self.env, self.action_space = env, self.modern(env.action_space)
+        picture = getattr(env.observation_space, "spaces", {}).get("pov", env.observation_space)
+        self.observation_space = gym.spaces.Box(0, 255, tuple(picture.shape), np.uint8)
+
+    def modern(self, space, name=None):
+        """The action space in Gymnasium's classes; only names tell what the old one is."""
+        kind = type(space).__name__.removesuffix("Space")
+        if kind == "Dict":
+            parts = {name: self.modern(part, name) for name, part in space.spaces.items()}
+            return gym.spaces.Dict(parts)
+        if name == "camera":
+            return gym.spaces.Discrete(CAMERA_BINS ** 2)
+        if kind == "Box":
+            return gym.spaces.Box(space.low, space.high, space.shape, space.dtype)
+        if kind not in ("Discrete", "Enum"):
+            raise Unusable(f"action space {space} is not supported for environments of the old "
+                           "interface")
+        return gym.spaces.Discrete(int(space.n))
+
+    def old(self, space, action, name=None):
+        """An action of the modern space -> the same one of the old space."""
+        if isinstance(action, dict):
+            return {name: self.old(space.spaces[name], part, name)
+                    for name, part in action.items()}
+        if name == "camera":
+            return camera_angle(divmod(action, CAMERA_BINS)).astype(np.float32)
+        return str(space.values[action]) if hasattr(space, "values") else action
+
+    def frame(self, observation):
+        return observation["pov"] if isinstance(observation, dict) else observation
+
+    def reset(self, seed=None, options=None):
+        if seed is not None and hasattr(self.env, "_episode"):
+            # Crafter has no other way
+            self.env._seed, self.env._episode = seed, 0
+        elif seed is not None:
+            self.env.seed(seed)
+        return self.frame(self.env.reset()), {}
+
+    def step(self, action):
+        action = self.old(self.env.action_space, action)
+        observation, reward, done, info = self.env.step(action)
+        # Gym's and Crafter's ways to tell a time limit from an end
+        time_is_up = info.get("TimeLimit.truncated", False) or info.get("discount", 0) > 0
+        truncated = done and time_is_up
+        return self.frame(observation), reward, done and not truncated, truncated, info
+
+    def close(self):
+        if hasattr(self.env, "close"):
+            self.env.close()
+
+
+def make_minerl(name, **kwargs):
+    import gym as old_gym
+    # importing it registers its environments
+    import minerl  # noqa: F401
+    return OldGym(old_gym.make(name, **kwargs))
+
+
+def make_crafter(name, **kwargs):
+    import crafter
+    if "NoReward" in name:
+        kwargs = {"reward": False} | kwargs
+    return OldGym(crafter.Env(**kwargs))
+
+
+def make_atari(name, **kwargs):
+    # "package:" makes Gymnasium import the package, which registers its environments
+    return make_gymnasium(f"ale_py:{name}", **kwargs)
+
+
+def make_gymnasium(name, **kwargs):
+    return gym.make(name, render_mode="rgb_array", disable_env_checker=True, **kwargs)
+
+
+# Beginning of the name: how to make it, what to install
+FAMILIES = {"MineRL": (make_minerl, "minerl (it needs Java 8)"),
+            "Crafter": (make_crafter, "crafter"), "ALE/": (make_atari, "ale-py")}
+
+
+def make(name, kwargs, bins):
+    """gym.make(name, **kwargs), whatever package it is from; nested action spaces are flattened.
+
+    bins: of a Box within a nested action space. Raises Unusable with one line to print.
+    """
+    on_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not on_screen:
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    prefix = next((prefix for prefix in FAMILIES if name.startswith(prefix)), None)
+    make_it, package = FAMILIES.get(prefix, (make_gymnasium, None))
+    try:
+        env = make_it(name, **kwargs)
+    except ImportError as error:
+        raise Unusable(f"--env {name} is not installed ({error}); run: pip install "
+                       f"{package or error.name}")
+    except gym.error.Error as error:
+        raise Unusable(f"--env {name}: {error}")
+    except Unusable:
+        raise
+    except (TypeError, ValueError) as error:
+        raise Unusable(f"--env_kwargs {kwargs} does not fit {name}: {error}")
+    nested = (gym.spaces.Tuple, gym.spaces.Dict, gym.spaces.MultiBinary)
+    if isinstance(env.action_space, nested):
+        env = FlatActions(env, bins)
+    # or it says here that it cannot
+    describe_actions(env.action_space, bins)
+    return env
