@@ -63,7 +63,7 @@ class Config:
     latents: int = 16             # latent tokens per frame, N (paper: 512)
     latent_channels: int = 16     # channels of a latent token, Z (paper: 16)
     tokenizer_width: int = 192    # width of encoder and decoder (ours)
-    tokenizer_depth: int = 4      # layers of the encoder, and again of the decoder (ours)
+    tokenizer_depth: int = 4      # layers of encoder and decoder each; see time_every (ours)
     tokenizer_heads: int = 6      # attention heads of encoder and decoder (ours)
     tokenizer_context: int = 4    # frames that the tokenizer's time attention sees (ours)
     mask_max: float = 0.9         # masked autoencoding: p ~ U(0, mask_max) per image (paper)
@@ -74,7 +74,7 @@ class Config:
     heads: int = 4                # query heads (ours)
     kv_heads: int = 2             # key/value heads, grouped-query attention (paper gives no sizes)
     registers: int = 2            # register tokens per frame (paper: for temporal consistency)
-    time_every: int = 4           # every n-th layer attends over time, others over a frame (paper)
+    time_every: int = 4           # every n-th layer is over time, others over a frame (paper: 4)
     context: int = 16             # frames that time attention sees, C (paper: 192)
     k_max: int = 8                # finest number of denoising steps, 1 / d_min (ours; not given)
     shortcut_every: int = 4       # every n-th sequence trains steps above d_min (ours; paper: all)
@@ -585,7 +585,7 @@ class Dynamics(nn.Module):
         fine = torch.randint(0, c.k_max, (B, T), device=device) / c.k_max
         shortcut = (torch.arange(B, device=device) % c.shortcut_every == 0)[:, None]
         tau = torch.where(shortcut, tau, fine)
-        # Of frames that have a past, a share is at the context level instead, as the past is in use.
+        # Of frames with a past, a share is at the context level instead, as the past is in use.
         separate = torch.rand(B, device=device) < c.separate_images
         as_context = (torch.rand(B, T, device=device) < c.context_share) & ~separate[:, None]
         return {
