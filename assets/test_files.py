@@ -124,7 +124,7 @@ def to_device(self, batch, original=train.Run.to_device):
         assert (batch["d"][others] == 1 / self.cfg.k_max).all(), "a sequence with d > d_min is not bootstrapped"
     return batch
 
-train.Loop.update, train.Run.to_device = update, rows
+train.Loop.update, train.Run.to_device = update, to_device
 def steps(phase, **changes):
     saved = json.load(open(folder + "/config.json"))
     cfg = train.TrainConfig(**saved["config"] | {"batch_size": 8, "short_length": 12, "tokenizer_batch": 6} | changes)
