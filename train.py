@@ -1012,7 +1012,11 @@ def main(arguments=None):
     elif args.phase == "play":
         tokenizer, model, _ = load_agent(run, agent)
         episodes = held_out_episodes(run, tokenizer, model)
-        serve(Player(tokenizer, model, episodes, run.cfg), args.port, STOP)
+        player = Player(tokenizer, model, episodes, run.cfg)
+        try:
+            serve(player, args.port, lambda: bool(STOP))
+        except (OSError, OverflowError) as error:
+            fail(f"--port {args.port}: {error}; choose another one")
     elif args.phase == "bench":
         bench.bench(run, compile_blocks, play, RandomPolicy(run.cfg, 0))
     # the last line of the others is their result as JSON

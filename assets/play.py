@@ -1,9 +1,8 @@
-"""The page to play on: dreams that people drive.
+"""The page to play on: a browser tab drives in a dream of the world model.
 
     python train.py --phase play --checkpoint assets/carracing.pt
 
-It is served on 127.0.0.1 only, and only pages of this server may talk to it: foreign hosts and
-origins are refused. The port may change on the way, as through an SSH forward.
+The server listens on 127.0.0.1 only, and only its own page may talk to it.
 """
 import base64
 import contextlib
@@ -18,47 +17,53 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from assets.files import fail
-from assets.videos import random_windows, to_frames
 from dreamer4 import Cache
 
 PAGE = Path(__file__).parent / "play.html"
+# Frames of an episode that a dream starts from, at most
+CONTEXT = 8
+# Denoising steps to choose from, as far as the model's k_max allows
 STEPS = (1, 2, 4, 8)
 MAX_TABS = 8
 # A tab that falls silent for so many seconds is forgotten
-PATIENCE = 60
+SILENCE = 60
 
 
 class Player:
     """The dreams of the browser tabs: start, step and stop one."""
 
     def __init__(self, tokenizer, agent, episodes, config):
-        """episodes: dicts of arrays with latents, to start from."""
+        """episodes: dicts of arrays, of which latents, actions and rewards are read."""
         self.tokenizer, self.agent, self.episodes, self.config = tokenizer, agent, episodes, config
         self.device = next(agent.parameters()).device
         self.tabs, self.rng = {}, np.random.default_rng()
 
+    @torch.no_grad()
     def start(self, session=None):
         """A new dream from a random context, in the place of the session's old one."""
         now = time.time()
         self.tabs = {name: tab for name, tab in self.tabs.items()
-                     if name != session and now - tab["seen"] < PATIENCE}
+                     if name != session and now - tab["seen"] < SILENCE}
         if len(self.tabs) >= MAX_TABS:
             raise ValueError(f"{MAX_TABS} tabs are dreaming already; close one")
         episode = self.episodes[self.rng.integers(len(self.episodes))]
-        batch = random_windows([episode], self.rng, 1, 8)
-        z, actions = (torch.as_tensor(batch[name], device=self.device)
+        first = int(self.rng.integers(max(len(episode["rewards"]) - CONTEXT, 0) + 1))
+        z, actions = (torch.tensor(episode[name][None, first:first + CONTEXT], device=self.device)
                       for name in ("latents", "actions"))
-        tab = {"dream": self.agent.dream(1), "cache": Cache(), "frame": 0}
-        tab["h"] = tab["dream"].reset(z.float(), actions)
-        name = secrets.token_urlsafe(16)
+        z = z.float()
+        name, dream = secrets.token_urlsafe(16), self.agent.dream(1)
+        tab = {"dream": dream, "h": dream.reset(z, actions), "cache": Cache(), "frame": 0}
         self.tabs[name] = tab
         steps = [k for k in STEPS if k <= self.config.k_max]
-        return self.show(tab, z.float()) | {"session": name, "steps": steps}
+        return self.show(tab, z) | {"session": name, "steps": steps}
 
+    @torch.no_grad()
     def step(self, session, k, policy, x, y, digit=None):
-        """The next frame. x, y in {-1, 0, 1}: keys for the first two action components; digit: a
-        category of the first; policy: it acts instead. Raises KeyError for an unknown session."""
+        """The next frame, in k denoising steps. A KeyError says that the session is unknown.
+
+        policy: whether it acts; otherwise x and y in {-1, 0, 1} are the keys for the first two
+        action components, and digit is a category of the first one.
+        """
         tab, spec = self.tabs[session], self.config.action_spec
         if k not in STEPS or k > self.config.k_max or x not in (-1, 0, 1) or y not in (-1, 0, 1):
             raise ValueError("k, x or y is out of range")
@@ -79,40 +84,41 @@ class Player:
             del self.tabs[session]
         return {}
 
-    @torch.no_grad()
     def show(self, tab, z):
         """Decodes the frames z (1, T, N, Z), with which the tab's video goes on.
 
         Returns the last of them, and what the heads say of it.
         """
         tab["seen"] = time.time()
-        pixels = to_frames(self.tokenizer.decode(z, tab["cache"]))[0, -1]
-        state = {"pixels": base64.b64encode(pixels.tobytes()).decode(), "size": pixels.shape[:2],
-                 "frame": tab["frame"]}
-        for name in ("reward", "continuation", "value"):
-            state[name] = float(getattr(self.agent, name)(tab["h"]))
-        return state
+        # (1, T, 3, H, W) in [0, 1] -> (H, W, 3) uint8
+        image = (self.tokenizer.decode(z, tab["cache"]) * 255).round().byte()[0, -1]
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        heads = {name: float(getattr(self.agent, name)(tab["h"]))
+                 for name in ("reward", "continuation", "value")}
+        return heads | {"pixels": base64.b64encode(pixels.tobytes()).decode(),
+                        "size": pixels.shape[:2], "frame": tab["frame"]}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page; POST /start, /step and /stop call the player with the body's JSON."""
+    """GET / is the page. POST /start, /step and /stop call the player with the body's JSON."""
     protocol_version, timeout = "HTTP/1.1", 60
     # else the body waits 40 ms for the headers' acknowledgement
     disable_nagle_algorithm = True
 
     def handle(self):
-        # a tab that is closed while it waits
+        # a tab may be closed while it waits
         with contextlib.suppress(ConnectionError):
             super().handle()
 
     def answer(self):
         """Status, body and its type."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]") or (
-                origin not in (None, f"http://{host}")):
+        # the host may carry another port: the server works through an SSH forward
+        own_host = re.sub(r":\d+$", "", host) in ("127.0.0.1", "localhost", "[::1]")
+        if not own_host or origin not in (None, f"http://{host}"):
             return 403, b"foreign host or origin", "text/plain"
         if self.command == "GET" and self.path == "/":
-            return 200, PAGE.read_bytes(), "text/html; charset=utf-8"
+            return 200, self.server.page, "text/html; charset=utf-8"
         if self.command == "GET" or self.path not in ("/start", "/step", "/stop"):
             return 404, b"not found", "text/plain"
         length = self.headers.get("Content-Length", "")
@@ -146,14 +152,20 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def serve(player, port, stop):
-    """Serves the page until the list `stop` holds something."""
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except (OSError, OverflowError) as error:
-        fail(f"--port {port}: {error}; choose another one")
-    server.player, server.one_at_a_time, server.timeout = player, threading.Lock(), 0.2
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    print(f"[play] open {address} (Ctrl-C ends it)", flush=True)
-    while not stop:
-        server.handle_request()
+def make_server(player, port):
+    """The server of the page, on 127.0.0.1; port 0: any free one."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.player, server.page = player, PAGE.read_bytes()
+    # threads answer the tabs, but the models dream for one of them at a time
+    server.one_at_a_time = threading.Lock()
+    return server
+
+
+def serve(player, port, should_stop):
+    """Serves the page until should_stop() is true. Raises OSError or OverflowError for the port."""
+    with make_server(player, port) as server:
+        # should_stop is asked so often, in seconds
+        server.timeout = 0.2
+        print(f"[play] open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+        while not should_stop():
+            server.handle_request()
