@@ -1,40 +1,163 @@
-"""Tests of files.py and flags.py: killed runs, bad input, damaged files, full disks, processes."""
+"""Tests of files.py and flags.py: run folders, killed runs, bad input, damage, full disks."""
+import contextlib
+import dataclasses
 import gc
 import json
 import math
+import multiprocessing
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from torch.distributed import run as torchrun
 from torch.testing import assert_close
 
 import train
-from dreamer4 import Agent, Dynamics, Tokenizer
-from test_dreamer4 import (ALL, Ticker, as_flags, config, contents, copied, differences, error,
-                           finished, load, main, new_batch, only_with_m_slow, read_episodes,
-                           seeded, signals, start, write_episodes)
+from assets import flags
+from dreamer4 import Agent, Dynamics, Tokenizer, frozen
+# the fixtures among these work in a file that imports them
+from test_dreamer4 import (ALL, README, Ticker, as_flags, config, contents, copied,
+                           differences, error, finished, load, load_run, main, new_batch,
+                           only_with_m_slow, read_episodes, sample, seeded, signals, start, ticker,
+                           write_episodes)
+
+CHECKPOINTS = ("tokenizer.pt", "dynamics.pt", "agent.pt")
 
 
-def fresh(finished, folder):
-    """The finished run at the start of its tokenizer phase: config and first round of episodes."""
-    (folder / "data").mkdir(parents=True)
-    shutil.copy(finished / "config.json", folder)
-    for seed in range(6):
-        shutil.copy(finished / f"data/{seed:010d}.npz", folder / "data")
-    return folder
+def are_in(episodes, others):
+    """Whether all of these episodes {seed: arrays} are among the others, to the bit."""
+    return all(np.array_equal(array, others[seed][name])
+               for seed, episode in episodes.items() for name, array in episode.items())
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+def test_episode_files_have_the_documented_arrays(finished):
+    episodes = read_episodes(finished)
+    # six at random, two by the policy
+    assert sorted(episodes) == list(range(8))
+    for e in episodes.values():
+        T = len(e["frames"])
+        assert {name: (array.shape, array.dtype.name) for name, array in e.items()} == {
+            "frames": ((T, 64, 64, 3), "uint8"), "actions": ((T, 2), "int16"),
+            "rewards": ((T,), "float32"), "terminal": ((), "bool")}
+        assert 20 < T <= 40 and not e["terminal"]
+        assert (e["actions"][0] == -1).all()
+        assert (e["actions"][1:] >= 0).all() and e["actions"].max() < 5
+        assert e["rewards"][0] == 0 and e["rewards"][1:].any()
+
+
+def any_moved(weights, others):
+    return any((x != others[name]).any() for name, x in weights.items())
+
+
+def test_checkpoints_are_plain_data_and_self_contained(finished):
+    state = load(finished, "agent.pt")
+    place = [state[name] for name in ("phase", "round", "step", "seed")]
+    assert place == ["imagination", 1, 6, 0]
+    assert set(state) >= set("model ema heads tokenizer optimizers config actions format".split())
+    # every phase has trained
+    world = load(finished, "dynamics.pt")["ema"]
+    assert any_moved({f"dynamics.{name}": x for name, x in world.items()}, state["ema"])
+    assert any_moved(state["heads"], state["ema"])
+
+
+def test_a_checkpoint_alone_is_enough_without_optimizer_in_half_precision(
+        finished, tmp_path, capsys):
+    state = load(finished, "agent.pt")
+    del state["optimizers"], state["model"]
+    for name in ("tokenizer", "ema", "heads"):
+        state[name] = {key: x.half() for key, x in state[name].items()}
+    torch.save(state, tmp_path / "small.pt")
+    run = ("--checkpoint", tmp_path / "small.pt", "--run", tmp_path / "empty")
+    main("--phase", "evaluate", "--episodes", 1, *run)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["episodes"] == 1
+    main("--phase", "dream", "--length", 12, *run)
+    assert len(imageio.imread(tmp_path / "empty/dream.gif", index=None)) == 12
+
+
+def test_the_same_command_again_retrains_nothing_and_changes_nothing(copied, capsys):
+    before, began = contents(copied), time.time()
+    main(*ALL, "--run", copied)
+    assert contents(copied) == before and time.time() - began < 3
+    assert capsys.readouterr().out.count("finished before") >= 4
+
+
+def test_after_more_training_the_evaluation_is_made_again(copied, monkeypatch):
+    os.utime(copied / "eval.json", (0, 0))
+    calls = []
+    for name in ("dream", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *args, name=name: calls.append(name))
+    main(*ALL, "--run", copied)
+    assert calls == ["dream", "evaluate"]
+
+
+def test_data_larger_than_memory_gives_the_same_batches(tmp_path):
+    write_episodes(tmp_path, [9, 12, 30, 15])
+    batches = []
+    # all, some or none of the frames
+    for room, in_memory in [(8.0, 4), (3e-6, 1), (0.0, 0)]:
+        data = train.Data(ticker(memory_gb=room), tmp_path)
+        batches.append(sample(data, 50, 6, ["frames", "actions", "rewards"]))
+        assert sum("frames" in e for e in data.episodes) == in_memory
+    for batch in batches[1:]:
+        assert all(np.array_equal(x, batch[name]) for name, x in batches[0].items())
+
+
+def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file_or_new_episodes(
+        tmp_path, monkeypatch):
+    folder = write_episodes(tmp_path / "data", [9] * 3)
+    encoded, encode = [], train.encode
+    monkeypatch.setattr(
+        train, "encode", lambda tokenizer, frames: encoded.append(0) or encode(tokenizer, frames))
+
+    def count(tokenizer):
+        data = train.Data(ticker(), folder)
+        encoded.clear()
+        data.encode(tokenizer, tmp_path)
+        for e in data.episodes:
+            assert np.array_equal(e["latents"], encode(tokenizer, e["frames"]))
+            # which would hold a file open for every episode
+            assert not isinstance(e["latents"], np.memmap)
+        return len(encoded)
+
+    first, second = (frozen(Tokenizer(config(image_size=(8, 8)))) for _ in range(2))
+    assert [count(tokenizer) for tokenizer in (first, first, second, first)] == [3, 0, 3, 0]
+    files = sorted(tmp_path.glob("latents*/001.npy"))
+    for file, damaged in zip(files, (b"", files[0].read_bytes()[:-9])):
+        file.write_bytes(damaged)
+    assert [count(tokenizer) for tokenizer in (first, second, first, second)] == [1, 1, 0, 0]
+    # times of files are not finer than that
+    time.sleep(0.02)
+    write_episodes(folder, [9] * 2, frames=np.full((9, 8, 8, 3), 50, np.uint8))
+    assert count(first) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed and stopped runs
+
+def file_names(folder):
+    """Names of the files of a run, and of its episodes."""
+    return [{path.name for path in folder.glob(pattern)} for pattern in ("*.*", "data/*")]
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_gives_the_same_bits(finished, tmp_path, kills):
     folder, rng, phases = tmp_path / "run", np.random.default_rng(kills), []
     lines = len((finished / "stdout").read_text().splitlines())
-    # a killed run does not get further than its last checkpoint, and every start prints anew: a few lines at a time
+    # A killed run does not get further than its last checkpoint, and every start prints anew: it
+    # lives for a few lines at a time.
     for _ in range(kills):
         process = start("-u", train.__file__, *ALL, "--run", folder, "--save_seconds", 0)
         wanted, printed = rng.integers(1, 2 + 2 * lines // kills), 0
@@ -44,18 +167,20 @@ def test_a_run_killed_at_random_moments_gives_the_same_bits(finished, tmp_path, 
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.communicate()
-        for path in folder.rglob("*.npz"):                                   # no episode is ever half there
-            train.load_episode(path, train.TrainConfig(**json.loads((folder / "config.json").read_text())["config"]))
+        # no episode is ever half there
+        for path in folder.rglob("*.npz"):
+            settings = json.loads((folder / "config.json").read_text())["config"]
+            train.load_episode(path, train.TrainConfig(**settings))
     process = start(train.__file__, *ALL, "--run", folder)
-    stdout, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    assert kills < 20 or {"[collect", "[tokenizer", "[dynamics", "[agent", "[imagination"} <= set(phases)
-    for name in ("tokenizer.pt", "dynamics.pt", "agent.pt"):
+    if kills == 20:
+        assert {"[collect", "[tokenizer", "[dynamics", "[agent", "[imagination"} <= set(phases)
+    for name in CHECKPOINTS:
         assert not differences(load(folder, name), load(finished, name))
-    assert {path.name for path in folder.glob("*.*")} == {path.name for path in finished.glob("*.*")}
-    assert {path.name for path in folder.glob("data/*")} == {path.name for path in finished.glob("data/*")}
-    for seed, episode in read_episodes(finished).items():                    # no episode is lost, changed or there twice
-        assert all(np.array_equal(x, read_episodes(folder)[seed][name]) for name, x in episode.items())
+    assert file_names(folder) == file_names(finished)
+    # no episode is lost, changed or there twice
+    assert are_in(read_episodes(finished), read_episodes(folder))
 
 
 @pytest.fixture
@@ -66,42 +191,78 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_stopped_in_every_phase_at_its_middle_and_end_a_run_gives_the_same_bits(finished, tmp_path, monkeypatch,
-                                                                              one_thread):
-    folder, update, stopped = fresh(finished, tmp_path / "run"), train.Loop.update, []
+@pytest.fixture
+def beginning(finished, tmp_path):
+    """The finished run at the start of its tokenizer phase: config and first round of episodes."""
+    folder = tmp_path / "run"
+    (folder / "data").mkdir(parents=True)
+    shutil.copy(finished / "config.json", folder)
+    for seed in range(6):
+        shutil.copy(finished / f"data/{seed:010d}.npz", folder / "data")
+    return folder
+
+
+def test_stopped_in_every_phase_at_its_middle_and_end_a_run_gives_the_same_bits(
+        finished, beginning, monkeypatch, one_thread):
+    folder, update, stopped = beginning, train.Loop.update, []
 
     def update_and_stop(self, *args):
         update(self, *args)
         place = (self.phase, self.run.round, self.step)
         if self.step in (3, self.steps - 1) and place not in stopped:
             stopped.append(place)
+            # a second signal changes nothing
+            os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train.Loop, "update", update_and_stop)
     for name in ("dream", "evaluate"):
         monkeypatch.setattr(train, name, lambda *args: None)
     for _ in range(15):
-        torch.seed()                                                         # a new process knows nothing
+        # a new process knows nothing
+        torch.seed()
         try:
             main("--run", folder)
         except SystemExit as stop:
             phase, _, step = stopped[-1]
             file = "agent.pt" if phase == "imagination" else f"{phase}.pt"
             assert stop.code == 130 and load(folder, file)["step"] == step + 1
+            assert train.STOP == [signal.SIGTERM] * 2
         train.STOP.clear()
     assert len(stopped) == 14 and not list(folder.rglob(".*"))
-    for name in ("tokenizer.pt", "dynamics.pt", "agent.pt"):
+    for name in CHECKPOINTS:
         assert not differences(load(folder, name), load(finished, name))
-    for seed, episode in read_episodes(finished).items():                    # those that the policy collected, too
-        assert all(np.array_equal(x, read_episodes(folder)[seed][name]) for name, x in episode.items())
-    assert {path.name for path in finished.glob("*.*")} - {path.name for path in folder.glob("*.*")} == {
-        "eval.json", "episodes.csv", "dream.gif", "policy.gif"}              # the pictures are not forgotten
+    # those that the policy collected, too
+    assert are_in(read_episodes(finished), read_episodes(folder))
+    # the phases' pictures are not forgotten
+    not_made_here = {"eval.json", "episodes.csv", "dream.gif", "policy.gif"}
+    assert file_names(finished)[0] - file_names(folder)[0] == not_made_here
 
+
+def test_an_interrupted_collection_goes_on_with_the_episodes_it_would_have_played(copied):
+    whole, run = read_episodes(copied), load_run(copied)
+    # they were played together with 0, 3 and 4
+    for seed in (1, 2, 5):
+        (copied / f"data/{seed:010d}.npz").unlink()
+    train.collect(run)
+    assert read_episodes(copied).keys() == whole.keys()
+    assert are_in(whole, read_episodes(copied))
+    tokenizer, agent, _ = train.load_agent(run, copied / "agent.pt")
+    policy = train.AgentPolicy(tokenizer, agent, run.cfg, 0, random_share=0.5)
+    four = dict(train.play(run.cfg, policy, range(4)))
+    two = dict(train.play(run.cfg, policy, range(4), done=lambda seed: seed < 2))
+    assert [*four] == [0, 1, 2, 3] and [*two] == [2, 3] and are_in(two, four)
+    assert len({e["actions"].tobytes() for e in four.values()}) == 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes, and compiled blocks
 
 PARALLEL = """
 import json, os, sys
 import torch
 import train
+
 folder, out = sys.argv[1:]
 gradients, curves = {}, {}
 if "WORLD_SIZE" in os.environ:
@@ -109,163 +270,234 @@ if "WORLD_SIZE" in os.environ:
 
 def update(self, loss, metrics, frames=0, original=train.Loop.update):
     original(self, loss, metrics, frames)
-    mean = loss.detach().clone()                               # of all processes: that of the whole batch
+    # the loss of the whole batch is the mean over the processes
+    mean = loss.detach().clone()
     if self.run.world_size > 1:
         train.dist.all_reduce(mean)
     curves.setdefault(self.phase, []).append(float(mean) / self.run.world_size)
-    if self.phase not in gradients:                            # of the first step
-        gradients[self.phase] = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+    # of the first step
+    if self.phase not in gradients:
+        gradients[self.phase] = {name: p.grad.clone() for name, p in self.model.named_parameters()
+                                 if p.grad is not None}
         train.STOP.append("for the test")
 
 def to_device(self, batch, original=train.Run.to_device):
     batch = original(self, batch)
-    if "d" in batch:                       # on every process, the sequences that bootstrap are those paid for
+    if "d" in batch:
+        # on every process, the sequences that bootstrap are those paid for
         others = torch.arange(len(batch["d"])) % self.cfg.shortcut_every > 0
-        assert (batch["d"][others] == 1 / self.cfg.k_max).all(), "a sequence with d > d_min is not bootstrapped"
+        assert (batch["d"][others] == 1 / self.cfg.k_max).all(), "d > d_min without bootstrap"
     return batch
 
 train.Loop.update, train.Run.to_device = update, to_device
+
 def steps(phase, **changes):
     saved = json.load(open(folder + "/config.json"))
-    cfg = train.TrainConfig(**saved["config"] | {"batch_size": 8, "short_length": 12, "tokenizer_batch": 6} | changes)
+    sizes = {"batch_size": 8, "short_length": 12, "tokenizer_batch": 6}
+    cfg = train.TrainConfig(**saved["config"] | sizes | changes)
     run = train.Run(folder, cfg, 0, saved["actions"], "tiny")
     run.dtype, run.device = torch.float32, "cpu"
     run.round = {"tokenizer": 1, "dynamics": 0, "agent": 2}[phase]
+    # it is stopped after the first step, and resumes
     for attempt in range(2):
         try:
             getattr(train, "train_" + phase)(run)
         except SystemExit as stop:
             if stop.code != 130:
                 raise
-        train.STOP.clear()                                     # stopped after the first step; now it resumes
+        train.STOP.clear()
+
+# the dynamics' step 30 has a short batch, the agent's step 0 a long one
 steps("tokenizer", tokenizer_steps=36)
-steps("dynamics", tokenizer_steps=36, dynamics_steps=36)        # step 30: a short batch
-steps("agent", tokenizer_steps=36, agent_steps=6)               # step 0: a long one
+steps("dynamics", tokenizer_steps=36, dynamics_steps=36)
+steps("agent", tokenizer_steps=36, agent_steps=6)
 if train.is_main_process():
     torch.save((gradients, curves), out)
+# 12 long sequences would be 6 for each process: refused, or they bootstrap as paid for
 try:
-    steps("agent", short_length=18)                             # 12 long sequences, 6 for each process: or refused
+    steps("agent", short_length=18)
 except SystemExit:
     pass
 """
 
 
-def test_two_processes_have_the_gradients_and_the_loss_curve_of_one_with_the_whole_batch_also_resumed(finished, tmp_path):
-    (tmp_path / "parallel.py").write_text(PARALLEL)
+def test_two_processes_have_the_gradients_and_losses_of_one_with_the_whole_batch_also_resumed(
+        finished, tmp_path):
+    script = tmp_path / "parallel.py"
+    script.write_text(PARALLEL)
     one, two = (shutil.copytree(finished, tmp_path / name) for name in ("one", "two"))
-    processes = [start(tmp_path / "parallel.py", one, tmp_path / "one.pt"),
-                 start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "parallel.py",
-                       two, tmp_path / "two.pt")]
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    processes = [start(script, one, tmp_path / "one.pt"),
+                 start(*launch, script, two, tmp_path / "two.pt")]
     for process in processes:
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
-    (gradients, curves), (gradients2, curves2) = (load(tmp_path, name) for name in ("one.pt", "two.pt"))
-    assert {name: len(curve) for name, curve in curves.items()} == {"tokenizer": 6, "dynamics": 6, "agent": 6}
+    gradients, curves = load(tmp_path, "one.pt")
+    gradients_of_two, curves_of_two = load(tmp_path, "two.pt")
+    counts = {phase: len(curve) for phase, curve in curves.items()}
+    assert counts == {"tokenizer": 6, "dynamics": 6, "agent": 6}
     assert set(gradients) == set(curves) and all(gradients.values())
-    assert_close(gradients2, gradients, rtol=1e-3, atol=5e-6)
-    assert_close(curves2, curves, rtol=2e-3, atol=1e-5)
+    assert_close(gradients_of_two, gradients, rtol=1e-3, atol=5e-6)
+    assert_close(curves_of_two, curves, rtol=2e-3, atol=1e-5)
 
 
-def test_the_gpu_preset_divides_among_the_eight_processes_of_the_readme_and_other_batches_are_refused(
+def test_the_gpu_preset_divides_among_eight_processes_and_other_batches_are_refused(
         tmp_path, monkeypatch, capsys):
-    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 8)):
+    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 8}.items():
         monkeypatch.setattr(train.dist, name, lambda value=value: value)
-    create = lambda **changes: train.Run(tmp_path, train.TrainConfig(**train.PRESETS["gpu"] | changes), 0, None)
+
+    def create(**changes):
+        train.Run(tmp_path, train.TrainConfig(**train.PRESETS["gpu"] | changes), 0, None)
+
     create()
-    for blamed, changes in [("rollouts", dict(rollouts=100)), ("tokenizer_batch", dict(tokenizer_batch=12)),
-                            ("batch_size", dict(batch_size=48)), ("batch_size", dict(long_length=48))]:
-        with pytest.raises(SystemExit):
-            create(**changes)
-        assert f"--{blamed} gives batches" in capsys.readouterr().err
+    for blamed, changes in [
+            ("rollouts", {"rollouts": 100}), ("tokenizer_batch", {"tokenizer_batch": 12}),
+            ("batch_size", {"batch_size": 48}), ("batch_size", {"long_length": 48})]:
+        error(capsys, lambda: create(**changes), f"--{blamed} gives batches")
 
 
 def test_compiled_blocks_stay_compiled_in_every_phase_and_round(monkeypatch):
-    """Past a limit of graphs for one function PyTorch goes on without compiling, and says so only in a warning."""
-    original = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: original(self, backend="eager", **options))
+    """Past a limit of graphs for one function PyTorch goes on without compiling, and only warns."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile",
+        lambda self, **options: compile_(self, backend="eager", **options))
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)    # restored
+    # compile_blocks changes it: put it back at the end
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
     torch._dynamo.reset()
     for _ in range(2):
         for model in (Tokenizer(config()), Dynamics(config()), Agent(config())):
             train.compile_blocks(model)
             for B, T in [(8, 6), (4, 12)]:
-                batch = new_batch(B, T)
+                z, actions, *signals = new_batch(B, T)
                 if isinstance(model, Tokenizer):
-                    loss, _ = model(torch.rand(2, 4, 3, *model.config.image_size), model.draw(2, 4))
+                    images = torch.rand(2, 4, 3, *model.config.image_size)
+                    loss, _ = model(images, model.draw(2, 4))
                 elif isinstance(model, Dynamics):
-                    loss, _ = model(*batch[:2], model.draw(B, T))
+                    loss, _ = model(z, actions, model.draw(B, T))
                 else:
-                    loss, _ = model(*batch, model.dynamics.draw(B, T))
+                    loss, _ = model(z, actions, *signals, model.dynamics.draw(B, T))
                 loss.backward()
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("words, flags", [
-    ("--bogus", "--bogus 3"), ("--phase", "--phase train"), ("--preset", "--preset huge"), ("k must", "--k 3"),
-    ("k must", "--k 16"), ("k", "--k 0"), ("--batch_size", "--batch_size many"), ("--compile", "--compile maybe"),
-    ("--image_size", "--image_size wide"), ("image_size", "--image_size 64"), ("width", "--width 30"),
-    ("patch", "--patch 0"), ("k_max", "--k_max 6"), ("episodes", "--episodes 0"), ("hold", "--hold 0"),
-    ("action_bins", "--action_bins 1"), ("action_repeat", "--action_repeat 0"), ("long_every", "--long_every 0"),
-    ("updates", "--updates 0"), ("batch_size", "--batch_size 0"), ("horizon", "--horizon 0"), ("envs", "--envs 0"),
-    ("seed", "--seed -1"), ("recent_share", "--recent_share 2"), ("tokenizer_lr", "--tokenizer_lr -1"),
-    ("--env", "--env Nothing-v0"),
-    ("--env", "--env CarRacing-v99"), ("--phase collect", "--phase tokenizer"),
-    ("--phase tokenizer", "--phase dynamics"), ("--phase tokenizer", "--phase agent"),
-    ("--phase agent", "--phase imagination"), ("agent.pt", "--phase evaluate"), ("agent.pt", "--phase dream"),
-    ("no.pt", "--phase evaluate --checkpoint no.pt"), ("no.pt", "--phase collect --policy no.pt"),
-    ("--record", "--phase dream --record dream.avi")])
-def test_bad_flags_and_missing_phases_end_in_one_line(tmp_path, capsys, words, flags):
-    error(capsys, lambda: main("--preset", "tiny", "--run", tmp_path / "run", *flags.split()), words)
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+def parse(arguments):
+    return flags.parse(arguments, train.__doc__, train.PRESETS, train.TrainConfig)
 
 
-@pytest.mark.parametrize("word, flags", [
-    ("--width", "--phase agent --agent_steps 30 --width 64"), ("--latents", "--phase dynamics --latents 4"),
-    ("--image_size", "--phase evaluate --image_size 32x32"), ("action space", "--phase dynamics --action_bins 3"),
+def test_every_setting_is_a_flag_with_an_explanation(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    settings = dataclasses.asdict(train.TrainConfig())
+    for name in settings:
+        assert re.search(rf"\n  --{name} X\s+[^\s-].{{8,}}", text), name
+    given = vars(parse(as_flags(settings)))
+    assert {name: given[name] for name in settings} == settings
+
+
+def test_torchrun_takes_the_commands_of_the_readme():
+    """It looks for flags of its own, abbreviated too, in what follows the script, as in --run."""
+    text = README.replace("\\\n", "") + train.__doc__
+    commands = re.findall(r"(?:    |srun )torchrun (.*)", text)
+    assert len(commands) == 3
+    for command in commands:
+        words = shlex.split(re.sub(r"\$\(.*?\)", "host", command), comments=True)
+        arguments = torchrun.parse_args(words)
+        assert arguments.training_script == "train.py"
+        parse(arguments.training_script_args)
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())["config"]
+
+
+def test_episodes_are_counted_for_one_phase_and_a_policy_adds_them(copied):
+    before, played = read_config(copied), len(read_episodes(copied))
+    collect = ("--phase", "collect", "--run", copied, "--episodes")
+    main(*collect, 3, "--policy", copied / "agent.pt")
+    assert len(read_episodes(copied)) == played + 3
+    assert read_config(copied) == before | {"round_episodes": 3}
+    main(*collect, played + 4)
+    assert len(read_episodes(copied)) == played + 4
+    assert read_config(copied) == before | {"round_episodes": 3, "collect_episodes": played + 4}
+
+
+def test_a_shipped_checkpoint_leaves_the_default_run_alone(finished, tmp_path, monkeypatch):
+    shutil.copy(finished / "agent.pt", tmp_path / "shipped.pt")
+    folders = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "dream", lambda run, *_: folders.append(run.folder))
+    main("--phase", "dream", "--checkpoint", "shipped.pt")
+    main("--phase", "dream", "--checkpoint", finished / "agent.pt")
+    main("--phase", "dream", "--preset", "tiny")
+    assert folders == [Path("runs/shipped"), finished, Path("runs/default")]
+
+
+def test_recorded_data_is_learned_from_without_an_environment(tmp_path, capsys):
+    run = tmp_path / "run"
+    before = contents(write_episodes(run / "data", [30] * 11))
+    recorded = ("--image_size", "8x8", "--action_spec", 9)
+    main("--preset", "tiny", "--run", run, *recorded, "--rounds", 2)
+    assert contents(run / "data") == before
+    assert (run / "dream.gif").exists() and not (run / "eval.json").exists()
+    # one round: the last, with the temperature of the last
+    state = load(run, "agent.pt")
+    assert state["round"] == 0 and state["config"]["rounds"] == 1
+    for phase in ("collect", "evaluate"):
+        error(capsys, lambda: main("--phase", phase, "--run", run), "recorded data", "--env")
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input: one line that names the file or the flag, exit code 2, nothing lost
+
+def refused(capsys, folder, text, *words):
+    error(capsys, lambda: main("--preset", "tiny", "--run", folder, *text.split()), *words)
+
+
+@pytest.mark.parametrize("flag", re.split(r",\s+", """--bogus 3, --phase train, --preset huge,
+    --batch_size many, --compile maybe, --image_size wide, --image_size 64, --width 30, --patch 0,
+    --k_max 6, --episodes 0, --hold 0, --action_bins 1, --action_repeat 0, --long_every 0,
+    --updates 0, --batch_size 0, --horizon 0, --envs 0, --seed -1, --recent_share 2,
+    --tokenizer_lr -1, --env Nothing-v0, --env CarRacing-v99"""))
+def test_a_bad_flag_is_named(tmp_path, capsys, flag):
+    refused(capsys, tmp_path / "run", flag, flag.split()[0].strip("-"))
+
+
+@pytest.mark.parametrize("text, word", [
+    ("--k 0", "k must"), ("--k 3", "k must"), ("--k 16", "k must"),
+    ("--phase dream --record dream.avi", "--record"),
+    ("--phase tokenizer", "--phase collect"), ("--phase dynamics", "--phase tokenizer"),
+    ("--phase agent", "--phase tokenizer"), ("--phase imagination", "--phase agent"),
+    ("--phase evaluate", "agent.pt"), ("--phase dream", "agent.pt"),
+    ("--phase evaluate --checkpoint no.pt", "no.pt"), ("--phase collect --policy no.pt", "no.pt")])
+def test_a_missing_phase_or_file_is_named(tmp_path, capsys, text, word):
+    refused(capsys, tmp_path / "run", text, word)
+
+
+@pytest.mark.parametrize("word, text", [
+    ("--width", "--phase agent --agent_steps 30 --width 64"),
+    ("--latents", "--phase dynamics --latents 4"),
+    ("--image_size", "--phase evaluate --image_size 32x32"),
+    ("action space", "--phase dynamics --action_bins 3"),
     ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"),
     ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"),
     ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
-def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(copied, capsys, word, flags):
+def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(
+        copied, capsys, word, text):
     before = contents(copied)
-    error(capsys, lambda: main("--run", copied, *flags.split()), word)
+    error(capsys, lambda: main("--run", copied, *text.split()), word)
     assert contents(copied) == before
-    main(*ALL, "--run", copied)                                              # and it still goes on
+    # and it still goes on
+    main(*ALL, "--run", copied)
     assert contents(copied) == before
-
-
-def flip(path, offset=None):
-    """Inverts one byte: in the middle, unless said otherwise."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 if offset is None else offset] ^= 0xFF
-    path.write_bytes(content)
-
-
-def change(path, **changes):
-    np.savez(path, **dict(np.load(path)) | changes)
-
-
-PICKLED = np.array([{}] * 9, dtype=object)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:300]), lambda path: path.write_bytes(b""), flip,
-    lambda path: path.write_bytes(b"PK not a zip"), lambda path: np.savez(path, frames=np.zeros((9, 8, 8, 3), np.uint8)),
-    lambda path: change(path, actions=PICKLED), lambda path: change(path, frames=np.zeros((9, 8, 9, 3), np.uint8)),
-    lambda path: change(path, frames=np.zeros((9, 8, 8, 3), np.float32)), lambda path: change(path, frames=np.uint8(3)),
-    lambda path: change(path, rewards=np.zeros(8, np.float32)), lambda path: change(path, rewards=np.zeros(9)),
-    lambda path: change(path, actions=np.zeros((9, 2), np.int16)), lambda path: change(path, terminal=np.zeros(9, bool)),
-    lambda path: change(path, actions=np.full((9, 1), 5, np.int16)),
-    lambda path: change(path, actions=np.full((9, 1), -2, np.int16)),
-    lambda path: change(path, rewards=np.full(9, np.nan, np.float32)),
-    lambda path: change(path, **{name: np.load(path)[name][:0] for name in ("frames", "actions", "rewards")}),
-    lambda path: flip(path, path.read_bytes().rfind(b"PK\1\2") + 10)], ids=range(18))        # compression method
-def test_a_bad_episode_file_is_named(tmp_path, capsys, damage):
-    folder = write_episodes(tmp_path / "run/data", [9, 9, 9])
-    damage(folder / "001.npz")
-    before = contents(folder)
-    flags = as_flags({"env": "Ticker-v0", "image_size": (8, 8), "tokenizer_context": 2, "tokenizer_length": 4})
-    error(capsys, lambda: main("--preset", "tiny", "--phase", "tokenizer", "--run", tmp_path / "run", *flags), "001.npz")
-    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("text", ["[]", '{"config": 3}', "{}", "{"])
@@ -274,20 +506,8 @@ def test_a_damaged_config_is_named(tmp_path, capsys, text):
     error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""), flip,
-    lambda path: path.write_text("no checkpoint"), lambda path: torch.save([1, 2], path),
-    lambda path: torch.save(torch.load(path) | {"format": 99}, path),
-    lambda path: torch.save(torch.load(path) | {"step": Ticker()}, path)], ids=range(7))
-@pytest.mark.parametrize("name, phase", [("tokenizer.pt", "tokenizer"), ("agent.pt", "all"), ("agent.pt", "evaluate")])
-def test_a_bad_checkpoint_is_named_and_left_alone(copied, capsys, name, phase, damage):
-    damage(copied / name)
-    before = contents(copied)
-    error(capsys, lambda: main("--phase", phase, "--run", copied), name)
-    assert contents(copied) == before
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(copied, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+        copied, capsys, monkeypatch):
     forward, calls = Dynamics.forward, []
 
     def broken(self, *args):
@@ -296,29 +516,109 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(copi
         return loss * (math.nan if len(calls) == 4 else 1), metrics
 
     monkeypatch.setattr(Dynamics, "forward", broken)
-    flags = ("--phase", "dynamics", "--run", copied, "--dynamics_steps", 40, "--save_seconds", 0)
-    error(capsys, lambda: main(*flags), "dynamics", "not finite", "dynamics.pt", "--dynamics_lr")
+    dynamics = ("--phase", "dynamics", "--run", copied, "--dynamics_steps", 40)
+    words = ("dynamics", "not finite", "dynamics.pt", "--dynamics_lr")
+    error(capsys, lambda: main(*dynamics, "--save_seconds", 0), *words)
     state = load(copied, "dynamics.pt")
-    assert state["step"] == 33 and all(x.isfinite().all() for x in (state["model"] | state["ema"]).values())
+    assert state["step"] == 33
+    assert all(x.isfinite().all() for x in (state["model"] | state["ema"]).values())
 
 
-@pytest.fixture
+# --------------------------------------------------------------------------------------------------
+# Damaged files and full disks
+
+def cut(content):
+    return content[:300]
+
+
+def emptied(content):
+    return b""
+
+
+def no_archive(content):
+    return b"PK not a zip"
+
+
+def flipped(content, place=None):
+    """One byte is inverted: in the middle, unless said otherwise."""
+    changed = bytearray(content)
+    changed[len(content) // 2 if place is None else place] ^= 0xFF
+    return bytes(changed)
+
+
+def of_unknown_compression(content):
+    return flipped(content, content.rfind(b"PK\1\2") + 10)
+
+
+# what becomes of the file's bytes, or of some of its arrays; None: not there
+@pytest.mark.parametrize("damage", [
+    cut, emptied, no_archive, flipped, of_unknown_compression,
+    {"actions": None, "rewards": None, "terminal": None},
+    {"actions": np.array([{}] * 9, dtype=object)}, {"actions": np.zeros((9, 2), np.int16)},
+    {"actions": np.full((9, 1), 5, np.int16)}, {"actions": np.full((9, 1), -2, np.int16)},
+    {"frames": np.uint8(3)}, {"frames": np.zeros((9, 8, 9, 3), np.uint8)},
+    {"frames": np.zeros((9, 8, 8, 3), np.float32)}, {"terminal": np.zeros(9, bool)},
+    {"rewards": np.zeros(8, np.float32)}, {"rewards": np.zeros(9)},
+    {"rewards": np.full(9, np.nan, np.float32)},
+    {"frames": np.zeros((0, 8, 8, 3), np.uint8), "actions": np.zeros((0, 1), np.int16),
+     "rewards": np.zeros(0, np.float32)}])
+def test_a_bad_episode_file_is_named(tmp_path, capsys, damage):
+    folder = write_episodes(tmp_path / "run/data", [9, 9, 9])
+    path = folder / "001.npz"
+    if callable(damage):
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        arrays = dict(np.load(path)) | damage
+        np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
+    before = contents(folder)
+    settings = {"phase": "tokenizer", "env": "Ticker-v0", "image_size": (8, 8),
+                "tokenizer_context": 2, "tokenizer_length": 4}
+    refused(capsys, tmp_path / "run", " ".join(as_flags(settings)), "001.npz")
+    assert contents(folder) == before
+
+
+# what becomes of the file's bytes, of some of its entries, or of all it holds
+@pytest.mark.parametrize("damage", [
+    cut, emptied, no_archive, flipped, {"format": 99}, {"step": Ticker()}, [1, 2]])
+@pytest.mark.parametrize("name, phase", [
+    ("tokenizer.pt", "tokenizer"), ("agent.pt", "all"), ("agent.pt", "evaluate")])
+def test_a_bad_checkpoint_is_named_and_left_alone(copied, capsys, name, phase, damage):
+    path = copied / name
+    if callable(damage):
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        torch.save(load(copied, name) | damage if isinstance(damage, dict) else damage, path)
+    before = contents(copied)
+    error(capsys, lambda: main("--phase", phase, "--run", copied), name)
+    assert contents(copied) == before
+
+
+@contextlib.contextmanager
 def full_disk():
-    """Files cannot grow beyond some kilobytes."""
+    """Within it files cannot grow beyond some kilobytes; not even pytest's log, if it is one."""
+    # the memory that environments share is a file, too: from here on there is one
+    multiprocessing.Array("b", 2 ** 20)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("dynamics.pt", "--phase dynamics --dynamics_steps 31"), ("agent.pt", "--phase imagination --imagination_steps 7"),
+@pytest.mark.parametrize("name, text", [
+    ("dynamics.pt", "--phase dynamics --dynamics_steps 31"),
+    ("agent.pt", "--phase imagination --imagination_steps 7"),
     ("0000000008.npz", "--phase collect --episodes 9"), ("dream.gif", "--phase dream --length 20")])
-def test_a_full_disk_costs_nothing_that_was_there(copied, capsys, monkeypatch, full_disk, name, flags):
+def test_a_full_disk_costs_nothing_that_was_there(copied, capsys, monkeypatch, name, text):
     before, noise = contents(copied), []
     monkeypatch.setattr(sys, "unraisablehook", noise.append)
-    full_disk()
-    error(capsys, lambda: main("--run", copied, *flags.split()), name, "could not be written")
-    gc.collect()                                                             # nothing tries again when it dies
+    with full_disk():
+        work = ("--run", copied, *text.split())
+        error(capsys, lambda: main(*work), name, "could not be written")
+        # nothing tries again when it dies
+        gc.collect()
     after = contents(copied)
-    changed = {str(path) for path in after.keys() | before.keys() if after.get(path) != before.get(path)}
+    changed = {str(path) for path in after.keys() | before.keys()
+               if after.get(path) != before.get(path)}
     assert changed <= {"config.json", "metrics.jsonl"} and not noise

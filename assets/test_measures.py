@@ -1,4 +1,5 @@
-"""Tests of measures.py and videos.py."""
+"""Tests of measures.py and videos.py: what is measured of a run, and the pictures it leaves."""
+import json
 import math
 
 import imageio.v3 as imageio
@@ -7,45 +8,105 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import train
 from assets import measures, videos
 from dreamer4 import Tokenizer, frozen
-from test_dreamer4 import config, copied, finished, main, seeded, signals
+# the fixtures among these work in a file that imports them
+from test_dreamer4 import config, copied, finished, main, read_episodes, seeded, signals
 
 
-def test_videos_are_as_long_as_asked_for_and_gif_or_mp4(copied, tmp_path):
-    gif, mp4 = tmp_path / "a.gif", tmp_path / "b.mp4"
-    main("--phase", "dream", "--run", copied, "--length", 9, "--record", gif)
-    main("--phase", "dream", "--run", copied, "--length", 70, "--record", mp4)           # the episodes have 40 frames
-    short, long = imageio.imread(gif), np.stack([*imageio.imiter(mp4, plugin="FFMPEG")])
-    assert short.shape == (9, 256, 512, 3) and long.shape == (70, 256, 512, 3)
-    assert long[-1, :120].max() < 20 and long[-1, 128:].std() > 5              # beyond the truth the dream goes on
-    main("--phase", "evaluate", "--run", copied, "--record", mp4)
-    frames = imageio.imread(mp4, plugin="FFMPEG")
-    assert frames.shape[1:] == (128, 256, 3)                                 # the real track, and its reconstruction
-    real, seen = frames[:, :, :128].astype(float), frames[:, :, 128:].astype(float)
-    assert 5 < np.abs(real - seen).mean() < 100                              # a tiny tokenizer sees something else
+def test_psnr_by_hand():
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    assert measures.psnr(black, black) == pytest.approx(100)
+    assert measures.psnr(black, black + 255) == pytest.approx(0)
+    # 14 dB and 0 dB: the mean of the decibels
+    noisy = black.copy()
+    noisy[0], noisy[1] = 51, 255
+    assert measures.psnr(noisy, black) == pytest.approx((20 * math.log10(5) + 0) / 2)
+
+
+@pytest.mark.parametrize("a, b, expected", [
+    ([1, 2, 3], [2, 4, 6], 1), ([1, 2, 3], [1, -1, 1], 0), ([1, 1, 1], [0, 1, 2], 0)])
+def test_correlation_by_hand(a, b, expected):
+    assert measures.correlation(np.array(a, float), np.array(b, float)) == pytest.approx(expected)
+
+
+def test_returns_by_hand():
+    rewards = np.array([9, 1, 2, 4], np.float32)
+    episode = {"rewards": rewards, "values": np.zeros(4), "terminal": True}
+    _, returns = measures.values_and_returns(episode, 0.5)
+    assert returns.tolist() == [3, 4, 4, 0]
 
 
 def test_an_episode_is_encoded_and_decoded_as_a_stream(T=9):
-    tokenizer, frames = frozen(Tokenizer(config())), np.random.default_rng(0).integers(0, 256, (T, 12, 20, 3), np.uint8)
-    images = torch.as_tensor(frames).permute(0, 3, 1, 2)[None] / 255
-    z = tokenizer.encode(images)
+    tokenizer = frozen(Tokenizer(config()))
+    frames = np.random.default_rng(0).integers(0, 256, (T, 12, 20, 3), np.uint8)
+    z = tokenizer.encode(torch.as_tensor(frames).permute(0, 3, 1, 2)[None] / 255)
+    decoded = tokenizer.decode(z)[0].permute(0, 2, 3, 1).numpy() * 255
     for chunk in (1, 4, 32):
         latents = videos.encode(tokenizer, frames, chunk)
         assert latents.dtype == np.float16
         assert_close(torch.as_tensor(latents).float(), z[0], atol=2e-3, rtol=1e-3)
-        video = videos.decode(tokenizer, latents[None], chunk)[0].transpose(0, 3, 1, 2)
-        assert np.abs(video - tokenizer.decode(z)[0].numpy() * 255).max() < 2
+        assert np.abs(videos.decode(tokenizer, latents[None], chunk)[0] - decoded).max() < 2
 
 
-def test_psnr_correlation_and_returns_by_hand():
-    black = np.zeros((2, 4, 4, 3), np.uint8)
-    assert measures.psnr(black, black) == pytest.approx(100) and measures.psnr(black, black + 255) == pytest.approx(0)
-    noisy = black.copy()
-    noisy[0], noisy[1] = 51, 255                                             # 14 dB and 0 dB: the mean of the decibels
-    assert measures.psnr(noisy, black) == pytest.approx((20 * math.log10(5) + 0) / 2)
-    assert measures.correlation(np.array([1, 2, 3.0]), np.array([2, 4, 6.0])) == pytest.approx(1)
-    assert measures.correlation(np.array([1, 2, 3.0]), np.array([1, -1, 1.0])) == pytest.approx(0)
-    assert measures.correlation(np.ones(3), np.arange(3.0)) == 0
-    e = {"rewards": np.array([9, 1, 2, 4], np.float32), "values": np.zeros(4), "terminal": True}
-    assert_close(measures.values_and_returns(e, 0.5)[1], np.array([3, 4, 4, 0], np.float32))
+def test_dreams_are_as_long_as_asked_for_and_gif_or_mp4(copied, tmp_path):
+    gif, mp4 = tmp_path / "a.gif", tmp_path / "b.mp4"
+    main("--phase", "dream", "--run", copied, "--length", 9, "--record", gif)
+    main("--phase", "dream", "--run", copied, "--length", 70, "--record", mp4)
+    assert imageio.imread(gif).shape == (9, 256, 512, 3)
+    frames = imageio.imread(mp4, plugin="FFMPEG")
+    assert frames.shape == (70, 256, 512, 3)
+    # the episodes have 40 frames: beyond the truth the dream goes on
+    assert frames[-1, :120].max() < 20 and frames[-1, 128:].std() > 5
+
+
+def test_the_video_of_an_evaluation_is_the_real_track_and_its_reconstruction(copied, tmp_path):
+    main("--phase", "evaluate", "--run", copied, "--record", tmp_path / "a.mp4")
+    frames = imageio.imread(tmp_path / "a.mp4", plugin="FFMPEG")
+    assert frames.shape[1:] == (128, 256, 3)
+    real, seen = frames[:, :, :128].astype(float), frames[:, :, 128:].astype(float)
+    # a tiny tokenizer sees something else
+    assert 5 < np.abs(real - seen).mean() < 100
+
+
+def test_the_last_line_is_the_evaluation_as_json(finished):
+    results = json.loads((finished / "stdout").read_text().splitlines()[-1])
+    assert results == json.loads((finished / "eval.json").read_text())
+    assert set(results) >= set("""return_mean return_se bc_mean bc_se random_mean random_se
+        episodes tokenizer_psnr dream_psnr dream_psnr_k1 dream_psnr_k2 dream_psnr_k4
+        dream_psnr_shuffled copy_psnr reward_corr value_corr latent_std_real latent_std_dream
+        wall_s""".split())
+    assert np.isfinite(list(results.values())).all()
+    assert results["episodes"] == 2
+    # the preset's K
+    assert results["dream_psnr"] == results["dream_psnr_k4"] != results["dream_psnr_k2"]
+    assert 0 < results["copy_psnr"] < 60
+    assert results["latent_std_real"] > 0 and results["latent_std_dream"] > 0
+
+
+def test_policies_are_compared_on_the_same_seeds_that_no_collection_uses(finished):
+    table = (finished / "episodes.csv").read_text().splitlines()[1:]
+    rows = [line.split(",") for line in table]
+    results = json.loads((finished / "eval.json").read_text())
+    for name in ("random", "bc", "return"):
+        seeds = [int(seed) for policy, seed, *_ in rows if policy == name]
+        assert seeds == [train.EVALUATION_SEEDS, train.EVALUATION_SEEDS + 1]
+        assert min(seeds) > max(read_episodes(finished))
+        returns = [float(row[2]) for row in rows if row[0] == name]
+        error = np.std(returns, ddof=1) / 2 ** 0.5
+        assert results[f"{name}_mean"] == pytest.approx(np.mean(returns), abs=1e-3)
+        assert results[f"{name}_se"] == pytest.approx(error, abs=1e-3)
+
+
+def test_every_phase_of_every_round_is_logged_and_reports_its_health(finished):
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    in_every_round = ("collect", "tokenizer", "agent", "imagination")
+    assert {(row["phase"], row["round"]) for row in rows} == {
+        ("dynamics", 0), *((phase, i) for phase in in_every_round for i in (0, 1))}
+    numbers = [x for row in rows for x in row.values() if not isinstance(x, str)]
+    assert np.isfinite(numbers).all()
+    stdout = (finished / "stdout").read_text()
+    for text in ("[tokenizer] PSNR", "[agent] health", "[imagination] health",
+                 "[evaluate] health", "spread", "correlation", "D+ holds", "really gets"):
+        assert text in stdout
