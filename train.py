@@ -318,7 +318,7 @@ def play(cfg, policy, seeds, done=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Episodes: files, windows, latents
+# Episodes: windows and latents (the files: assets/files.py)
 
 class Data:
     """All episodes of a run. Every tenth is held out and never trains anything.
@@ -413,7 +413,7 @@ class Data:
 
 
 # --------------------------------------------------------------------------------------------------
-# The training loop: run folder, checkpoints, optimizer, averaged weights, log, resume
+# The training loop: optimizer, averaged weights, checkpoint, resume (run folder: assets/files.py)
 
 class Run(RunFolder):
     """One run: its folder and settings, and the device and processes it trains on."""
@@ -546,9 +546,7 @@ class Loop:
             stop = stop and self.step + 1 < self.steps
             if stop or save:
                 self.save()
-            if stop:
-                print0("stopped; the same command continues")
-                raise SystemExit(130)
+            check_stop(stop)
         self.save()
 
     def save(self):

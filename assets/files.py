@@ -36,9 +36,9 @@ def fail(message):
     raise SystemExit(2)
 
 
-def check_stop():
-    """Ends the program if a signal has come."""
-    if STOP:
+def check_stop(stop=STOP):
+    """Ends the program after a signal. stop: what several processes agreed on, in its place."""
+    if stop:
         print0("stopped; the same command continues")
         raise SystemExit(130)
 
@@ -158,19 +158,20 @@ class RunFolder:
     def take_architecture(self, state, path):
         """Takes the architecture of a checkpoint; a flag or environment must not contradict it."""
         saved, cfg = state["config"], self.cfg
-        for name in {field.name for field in fields(Config)} - TUNABLE:
-            if name in self.overrides and saved[name] != getattr(cfg, name):
+        architecture = {field.name for field in fields(Config)} - TUNABLE
+        for name in architecture & set(self.overrides):
+            if saved[name] != getattr(cfg, name):
                 fail(f"--{name} {getattr(cfg, name)} contradicts {path}, made with {saved[name]}; "
                      "drop the flag or use another --run")
         if self.actions is not None and json.loads(state["actions"]) != self.actions:
             fail(f"checkpoint {path} has another action space ({saved['action_spec']}) than "
                  f"{cfg.env} ({cfg.action_spec}) with --action_bins {cfg.action_bins}; "
                  "use another --run or --env")
-        for name in {field.name for field in fields(Config)} - TUNABLE:
+        for name in architecture:
             setattr(cfg, name, saved[name])
 
     def is_finished(self, phase, state, steps, picture=None):
-        """Whether a checkpoint (or None) has this round's phase behind it, and its picture is there."""
+        """Whether a checkpoint (or None) has this round's phase behind it, picture included."""
         if state is None:
             return False
         here = (self.round, PHASES.index(phase))

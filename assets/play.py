@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from assets.videos import random_windows, to_frames
 from dreamer4 import Cache
 
 PAGE = Path(__file__).parent / "play.html"
@@ -33,7 +34,7 @@ class Player:
     """The dreams of the browser tabs: start, step and stop one."""
 
     def __init__(self, tokenizer, agent, episodes, config):
-        """episodes: dicts of arrays, of which latents, actions and rewards are read."""
+        """episodes: as in the episode files, with latents (T, N, Z)."""
         self.tokenizer, self.agent, self.episodes, self.config = tokenizer, agent, episodes, config
         self.device = next(agent.parameters()).device
         self.tabs, self.rng = {}, np.random.default_rng()
@@ -47,8 +48,8 @@ class Player:
         if len(self.tabs) >= MAX_TABS:
             raise ValueError(f"{MAX_TABS} tabs are dreaming already; close one")
         episode = self.episodes[self.rng.integers(len(self.episodes))]
-        first = int(self.rng.integers(max(len(episode["rewards"]) - CONTEXT, 0) + 1))
-        z, actions = (torch.tensor(episode[name][None, first:first + CONTEXT], device=self.device)
+        batch = random_windows([episode], self.rng, 1, CONTEXT)
+        z, actions = (torch.as_tensor(batch[name], device=self.device)
                       for name in ("latents", "actions"))
         z = z.float()
         name, dream = secrets.token_urlsafe(16), self.agent.dream(1)
@@ -90,9 +91,7 @@ class Player:
         Returns the last of them, and what the heads say of it.
         """
         tab["seen"] = time.time()
-        # (1, T, 3, H, W) in [0, 1] -> (H, W, 3) uint8
-        image = (self.tokenizer.decode(z, tab["cache"]) * 255).round().byte()[0, -1]
-        pixels = image.permute(1, 2, 0).cpu().numpy()
+        pixels = to_frames(self.tokenizer.decode(z, tab["cache"]))[0, -1]
         heads = {name: float(getattr(self.agent, name)(tab["h"]))
                  for name in ("reward", "continuation", "value")}
         return heads | {"pixels": base64.b64encode(pixels.tobytes()).decode(),

@@ -19,8 +19,9 @@ import imageio.v3 as imageio
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from assets.files import write_file
+from assets.videos import resize
 from assets.worlds import CAMERA_BINS, camera_bin
-from train import resize, write_file
 
 # Longer recordings become several episodes: train.py reads files as a whole
 LONGEST_EPISODE = 1000

@@ -4,7 +4,6 @@
 """
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +16,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from assets import recordings
+from test_dreamer4 import signals
 
 BUTTONS = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """train.main handles signals: undo that."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    train.STOP.clear()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def grey_video(path, T):
