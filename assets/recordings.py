@@ -3,16 +3,26 @@
     python assets/recordings.py minerl SOURCE TARGET   # MineRL-v0: rendered.npz, recording.mp4
     python assets/recordings.py vpt SOURCE TARGET      # VPT's contractors: NAME.jsonl, NAME.mp4
     python assets/recordings.py video SOURCE TARGET    # NAME.mp4: no actions, so no agent either
-    python train.py --run runs/minerl --image_size 64x64 --action_spec 2,2,2,2,2,2,2,2,121
+    python train.py --run runs/minerl --image_size 64x64 --action_spec 2,2,121,2,2,2,2,2,2
 
 SOURCE is a folder with any subfolders, TARGET one such as runs/minerl/data. What cannot be read is
-named, the rest is converted. The last line printed is the command to train with.
+named, the rest is converted. The last line printed is the command to train with. The components of
+an action stand in the order of MineRL's action space: the alphabet, the camera among the others.
+
+What differs from the loaders of minerl 0.4.4 and of OpenAI's Video-Pre-Training:
+- Frames are shrunk with antialiasing, as train.py does it.
+- MineRL: the last frame is kept (the loader repeats the one before it). Without success it is not
+  terminal. Folders need no v3_ or v4_ in their names. BASALT and obfuscated actions are refused.
+- VPT: angles are not cut to whole degrees. A tick that only turned the mouse wheel is not left out.
+  ESC, which may end MineRL's episodes, is inventory while a GUI is open and nothing otherwise: so
+  did the code of the paper, says the loader. The cursor is an arrow of ours. The mouse scales of
+  recorders 5.7 to 6.9 are left out: no tick names its recorder, and the loader does not use them.
 """
 import json
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import deque
+from itertools import islice
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -25,66 +35,140 @@ from assets.worlds import CAMERA_BINS, camera_bin
 
 # Longer recordings become several episodes: train.py reads files as a whole
 LONGEST_EPISODE = 1000
-BUTTONS = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
-KEYS = [f"key.keyboard.{name}" for name in "w s a d space left.shift left.control e".split()]
-# VPT: how far a move of the mouse by one pixel turns the camera
+# MineRL: names of items in the order of their categories, the alphabet; buttons are pressed or not
+TOOLS = "iron_axe iron_pickaxe none stone_axe stone_pickaxe wooden_axe wooden_pickaxe".split()
+CATEGORIES = {
+    "craft": ["crafting_table", "none", "planks", "stick", "torch"],
+    "equip": ["air", *TOOLS],
+    "nearbyCraft": ["furnace", *TOOLS],
+    "nearbySmelt": ["coal", "iron_ingot", "none"],
+    "place": ["cobblestone", "crafting_table", "dirt", "furnace", "none", "stone", "torch"],
+}
+CATEGORIES |= dict.fromkeys("attack back forward jump left right sneak sprint".split(), (0, 1))
+# VPT: key or number of the mouse button
+KEYS = {"back": "s", "drop": "q", "forward": "w", "inventory": "e", "jump": "space", "left": "a",
+        "right": "d", "sneak": "left.shift", "sprint": "left.control", "swapHands": "f"}
+KEYS |= {f"hotbar.{number}": str(number) for number in range(1, 10)}
+MOUSE = {"attack": 0, "use": 1, "pickItem": 2}
+VPT_ACTIONS = sorted([*KEYS, *MOUSE, "ESC", "camera"])
+# How far a move of the mouse by one pixel turns the camera
 DEGREES = 360 / 2400
 
 
-def read_frames(path, size, mode="passthrough"):
-    """Streams a video: frames (*size, 3) uint8, one at a time."""
+def read_frames(path, mode="passthrough"):
+    """Streams a video: frames (H, W, 3) uint8, one at a time."""
     # "passthrough": every stored frame once, as actions need it; "cfr": an even rate, by repeating
     # or leaving out frames of videos that have none
-    for frame in imageio.imiter(path, plugin="FFMPEG", output_params=["-fps_mode", mode]):
-        yield resize(frame, size)
+    yield from imageio.imiter(path, plugin="FFMPEG", output_params=["-fps_mode", mode])
 
 
-# One function per format: a recording -> steps (frame, action that led to it, reward on arrival)
+# One function per format: a recording, size of the frames, --action_spec -> its action spec,
+# whether the last frame ended the task, steps (frame, action that led to it, reward on arrival)
 
-def minerl(path, size, A):
-    """rendered.npz and recording.mp4."""
+def minerl(path, size, spec):
+    """rendered.npz, recording.mp4 and metadata.json, which may be missing."""
+    if "tempting_capers_shapeshifter-14" in str(path):
+        raise ValueError("the minerl package leaves this recording out as damaged")
+    metadata = path.with_name("metadata.json")
+    metadata = json.loads(metadata.read_text()) if metadata.exists() else {}
     with np.load(path) as rendered:
         rewards = np.append(0, rendered["reward"])
-        T = len(rewards)
-        actions = np.full((T, A), -1)
-        actions[1:, :-1] = np.stack([rendered[f"action${name}"] for name in BUTTONS], 1)
-        actions[1:, -1] = camera_bin(rendered["action$camera"]) @ (CAMERA_BINS, 1)
-    # the last T frames are the states
-    frames = deque(read_frames(path.with_name("recording.mp4"), size), maxlen=T)
-    if len(frames) < T:
-        raise ValueError(f"recording.mp4 has {len(frames)} frames for {T} states")
-    yield from zip(frames, actions, rewards)
+        names = sorted(key.split("$")[1] for key in rendered if key.startswith("action$"))
+        parts = [categories(name, rendered[f"action${name}"], names) for name in names]
+    spec, columns = zip(*parts)
+    T = len(rewards)
+    actions = np.full((T, len(spec)), -1)
+    actions[1:] = np.stack(columns, 1)
+    video = path.with_name("recording.mp4")
+    stored = sum(1 for _ in read_frames(video))
+    counted = metadata.get("true_video_frame_count", stored)
+    if stored != counted:
+        print(f"{video}: {stored} frames, {counted} in metadata.json; the shorter ends it")
+    if counted < T:
+        raise ValueError(f"recording.mp4 has {counted} frames for {T} states")
+    # the video began earlier: its last T frames are the states
+    frames = islice(read_frames(video), counted - T, counted)
+    terminal = metadata.get("success", True) and stored >= counted
+    return spec, terminal, zip((resize(frame, size) for frame in frames), actions, rewards)
 
 
-def vpt(path, size, A):
+def categories(name, values, names):
+    """One of an environment's actions `names` -> number of categories, category per step (T,)."""
+    if name == "camera":
+        return CAMERA_BINS ** 2, camera_bin(values) @ (CAMERA_BINS, 1)
+    # MineRLNavigate has but one item
+    is_navigate = name == "place" and "craft" not in names
+    known = ["dirt", "none"] if is_navigate else CATEGORIES.get(name, [])
+    unknown = set(values.ravel().tolist()).difference(known)
+    if unknown:
+        raise ValueError(f"action${name} has unknown values: {sorted(unknown)}")
+    return len(known), np.searchsorted(known, values)
+
+
+def vpt(path, size, spec):
     """NAME.jsonl and NAME.mp4; the shorter of the two ends the recording."""
-    actions = [[-1] * A]
-    # what was pressed at a frame led to the next one
+    # of a tick: the action, None if nothing was done; x and y of the cursor, None without a GUI
+    ticks, attack_is_stuck, slot = [], False, 0
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             tick = json.loads(line)
-            mouse, keys = tick["mouse"], tick["keyboard"]["keys"]
-            camera = camera_bin(np.array([mouse["dy"], mouse["dx"]]) * DEGREES)
-            pressed = [key in keys for key in KEYS]
-            pressed += [button in mouse["buttons"] for button in (0, 1)]
+            mouse, keys, gui = tick["mouse"], tick["keyboard"]["keys"], tick["isGuiOpen"]
+            action = {name: f"key.keyboard.{key}" in keys for name, key in KEYS.items()}
+            action |= {name: button in mouse["buttons"] for name, button in MOUSE.items()}
+            # some games begin with an attack that nobody made; it lasts until the button is pressed
+            if number == 1:
+                attack_is_stuck = mouse["newButtons"] == [0]
+            elif 0 in mouse["newButtons"]:
+                attack_is_stuck = False
+            action["attack"] &= not attack_is_stuck
+            action["inventory"] |= gui and "key.keyboard.escape" in keys
+            # the mouse wheel is not recorded, the slot it chose is (since recorder 6.11)
+            before, slot = slot, tick.get("hotbar", slot)
+            if slot != before:
+                action[f"hotbar.{slot + 1}"] = True
+            turn = np.array([mouse["dy"], mouse["dx"]])
+            is_null = not (any(action.values()) or turn.any())
+            action |= {"ESC": False, "camera": camera_bin(turn * DEGREES) @ (CAMERA_BINS, 1)}
+            cursor = (mouse["x"], mouse["y"]) if gui else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} cannot be used: {error!r}") from error
-        actions.append([*pressed, camera @ (CAMERA_BINS, 1)])
-    yield from zip(read_frames(path.with_suffix(".mp4"), size), actions, [0] * len(actions))
+        ticks.append((None if is_null else [int(action[name]) for name in VPT_ACTIONS], cursor))
+    spec = [CAMERA_BINS ** 2 if name == "camera" else 2 for name in VPT_ACTIONS]
+    return spec, False, vpt_steps(path.with_suffix(".mp4"), size, ticks)
 
 
-def video(path, size, A):
+def vpt_steps(video, size, ticks):
+    """Leaves out frames without an action, as VPT does."""
+    # what was done at a frame led to the next one that stays
+    before, T = [-1] * len(VPT_ACTIONS), 0
+    for T, frame in enumerate(read_frames(video), 1):
+        action, cursor = ticks[T - 1] if T <= len(ticks) else (None, None)
+        if action is None:
+            continue
+        if cursor:
+            draw_cursor(frame, *cursor)
+        yield resize(frame, size), before, 0
+        before = action
+    if T != len(ticks):
+        print(f"{video}: {T} frames for {len(ticks)} ticks; the shorter ends it")
+
+
+def draw_cursor(frame, x, y):
+    """Draws an arrow into a frame (H, W, 3), which has no cursor; x, y: on a screen of 720 rows."""
+    x, y = (max(0, int(at * len(frame) / 720)) for at in (x, y))
+    for width, row in enumerate(frame[y:y + 16], 1):
+        row[x:x + width] = 0
+        row[x + 1:x + width - 1] = 255
+
+
+def video(path, size, spec):
     """NAME.mp4 at an even frame rate."""
-    for frame in read_frames(path, size, mode="cfr"):
-        yield frame, [-1] * A, 0
+    frames = read_frames(path, mode="cfr")
+    return spec, False, ((resize(frame, size), [-1] * len(spec), 0) for frame in frames)
 
 
-# Function, files to look for, action spec, whether the last frame ended the task
-FORMATS = {
-    "minerl": (minerl, "rendered.npz", [2] * 8 + [CAMERA_BINS ** 2], True),
-    "vpt": (vpt, "*.jsonl", [2] * 10 + [CAMERA_BINS ** 2], False),
-    "video": (video, "*.mp4", None, False),
-}
+# Function, files to look for
+FORMATS = {"minerl": (minerl, "rendered.npz"), "vpt": (vpt, "*.jsonl"), "video": (video, "*.mp4")}
 
 
 def write_episodes(steps, target, name, terminal):
@@ -116,20 +200,24 @@ def main(arguments=None):
     parser.add_argument("--size", default="64x64", help="height x width of the frames (64x64)")
     parser.add_argument("--action_spec", default="1", help="video: that of others in TARGET")
     args = parser.parse_args(arguments)
-    read, pattern, spec, terminal = FORMATS[args.format]
-    spec = spec or args.action_spec.split(",")
+    read, pattern = FORMATS[args.format]
     if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", args.size):
         parser.error(f"--size {args.size} is not height x width, such as 64x64")
     size = tuple(map(int, args.size.split("x")))
     paths = sorted(args.source.rglob(pattern))
     if not paths:
         parser.error(f"{args.source} holds no {pattern}")
-    lengths, failed = [], 0
+    lengths, failed, spec = [], 0, None
     for number, path in enumerate(paths, 1):
         # with its subfolders: recordings of several folders may have the same name
         name = "-".join(path.relative_to(args.source).with_suffix("").parts)
         try:
-            new = write_episodes(read(path, size, len(spec)), args.target, name, terminal)
+            sizes, terminal, steps = read(path, size, args.action_spec.split(","))
+            spec = spec or sizes
+            if sizes != spec:
+                raise ValueError(f"its action spec is {sizes}, before it was {spec}: such "
+                                 "recordings need another TARGET")
+            new = write_episodes(steps, args.target, name, terminal)
         except Exception as error:
             # readers of videos raise many kinds of errors, some with pages of text
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -142,8 +230,9 @@ def main(arguments=None):
     if failed:
         print(f"error: {failed} of {len(paths)} recordings failed; mend or remove what is named "
               "above and give the same command again", file=sys.stderr, flush=True)
-    spec, run = ",".join(map(str, spec)), args.target.parent
-    print(f"python train.py --run {run} --image_size {args.size} --action_spec {spec}")
+    if lengths:
+        print(f"python train.py --run {args.target.parent} --image_size {args.size} "
+              f"--action_spec {','.join(map(str, spec))}")
     return int(failed > 0)
 
 
