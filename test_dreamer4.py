@@ -1037,46 +1037,6 @@ def test_the_longest_episode_is_a_time_limit_not_an_end(last_step, terminal):
     assert len(episode["frames"]) == 4 and episode["terminal"] == terminal
 
 
-def test_carracing_has_gas_and_brake_on_one_axis():
-    env = train.make_env(train.TrainConfig())
-    assert env.action_space == Box(-1, 1, (2,), np.float32)
-    for action, pedals in [((-1, 0.5), [-1, 0.5, 0]), ((1, -0.25), [1, 0, 0.25]),
-                           ((0, 0), [0, 0, 0])]:
-        assert env.action(np.array(action)).tolist() == pedals
-
-
-def test_carracing_may_be_discrete(capsys):
-    env = train.make_env(train.TrainConfig(env_kwargs='{"continuous": false}'))
-    assert env.action_space == Discrete(5)
-    for text in ("{", '{"bogus": 1}', "[1]"):
-        cfg = train.TrainConfig(env_kwargs=text)
-        error(capsys, lambda: train.make_env(cfg), "--env_kwargs")
-
-
-def test_frames_that_action_repeat_skips_are_not_drawn_and_others_are_those_of_the_environment(
-        monkeypatch):
-    from gymnasium.envs.box2d.car_racing import CarRacing
-    drawn, render = [], CarRacing._render
-    monkeypatch.setattr(CarRacing, "_render", lambda *args: drawn.append(0) or render(*args))
-    cfg = train.TrainConfig(image_size=(96, 96))
-    plain, ours = train.make_env(cfg), train.PixelEnv(cfg)
-    pairs = [(plain.reset(seed=5)[0], ours.reset(seed=5)[0])]
-    for indices in np.array([(2, 4), (0, 3), (4, 0), (1, 4)] * 4):
-        rewards = 0
-        for _ in range(cfg.action_repeat):
-            observation, reward, *_ = plain.step(train.to_action(ours.description, indices))
-            rewards += reward
-        drawn.clear()
-        frame, total, *_ = ours.step(indices)
-        assert total == pytest.approx(rewards) and len(drawn) == 1
-        pairs.append((observation, frame))
-    for true, frame in pairs:
-        # the score aside: in ours the last step's reward is counted, too
-        true[84:, :24] = frame[84:, :24] = 0
-        assert np.array_equal(true, frame)
-    assert len({true.tobytes() for true, _ in pairs}) > 10
-
-
 def test_an_environment_whose_package_is_missing_or_whose_actions_are_unbounded(
         monkeypatch, capsys, tmp_path):
     for name in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
@@ -1237,7 +1197,7 @@ def test_later_rounds_draw_a_share_from_the_newest_episodes(tmp_path):
 def test_every_nth_batch_is_long_and_has_the_same_number_of_frames():
     cfg = train.TrainConfig(batch_size=16, short_length=12, long_length=48, long_every=3,
                             shortcut_every=4)
-    shapes = [train.sequence_shapes(cfg, step) for step in range(4)]
+    shapes = [cfg.sequence_shapes(step) for step in range(4)]
     assert shapes == [(4, 48), (16, 12), (16, 12), (4, 48)]
 
 

@@ -16,7 +16,6 @@ A phase that is interrupted (Ctrl-C, SIGTERM, SIGKILL) continues when the same c
 again. Every field of the two configs (dreamer4.Config and TrainConfig below) is a flag.
 """
 import contextlib
-import datetime
 import functools
 import json
 import multiprocessing
@@ -34,9 +33,10 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from assets import bench, flags, measures, worlds
-from assets.files import (FORMAT, PHASES, STOP, RunFolder, check_stop, fail, is_main_process,
-                          load_checkpoint, load_episode, print0, write_file)
+from assets.files import (FORMAT, STOP, barrier, check_stop, fail, init_distributed,
+                          is_main_process, load_checkpoint, load_episode, print0, write_file)
 from assets.play import Player, serve
+from assets.run import Run
 from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
                            write_video)
 from assets.worlds import action_sizes, describe_actions, to_action
@@ -107,6 +107,14 @@ class TrainConfig(Config):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"config: {name} must lie in [0, 1]")
 
+    def sequence_shapes(self, step):
+        """(B, T) of a step: mostly short sequences, every n-th batch long, of as many frames."""
+        if step % self.long_every:
+            return self.batch_size, self.short_length
+        count = self.batch_size * self.short_length // self.long_length
+        # whole groups of sequences, of which one bootstraps
+        return max(1, count // self.shortcut_every) * self.shortcut_every, self.long_length
+
 
 # What CarRacing wants at any size; the README says why, under Lessons and Deviations
 RECIPE = dict(gamma=0.98, beta=0.05, rounds=4, k_max=64, separate_images=0.1, temperature=1.6)
@@ -138,33 +146,11 @@ PRESETS = {
 # --------------------------------------------------------------------------------------------------
 # Environment and policies: frames in, category indices out
 
-def steer_and_pedals(action):
-    """(steer, pedal) in [-1, 1] -> CarRacing's (steer, gas, brake)."""
-    steer, pedal = action
-    return np.array([steer, max(pedal, 0), max(-pedal, 0)], np.float32)
-
-
 def make_env(cfg):
-    """The bare environment of --env. CarRacing gets gas and brake on one axis, the pedal."""
+    """The bare environment of --env."""
     if not cfg.env:
         fail("this run learns from recorded data and has no environment; give --env")
-    try:
-        kwargs = json.loads(cfg.env_kwargs)
-    except ValueError as error:
-        fail(f"--env_kwargs {cfg.env_kwargs} is not JSON: {error}")
-    try:
-        # gym.make, and adapters for packages that do not speak Gymnasium's interface
-        env = worlds.make(cfg.env, kwargs, cfg.action_bins)
-    except worlds.Unusable as error:
-        fail(error)
-    if cfg.env.startswith("CarRacing") and isinstance(env.action_space, gym.spaces.Box):
-        space = gym.spaces.Box(-1, 1, (2,), np.float32)
-        env = gym.wrappers.TransformAction(env, steer_and_pedals, space)
-    return env
-
-
-def draw_nothing(mode):
-    """In the place of CarRacing's own drawing."""
+    return worlds.make(cfg.env, cfg.env_kwargs, cfg.action_bins)
 
 
 class PixelEnv(gym.Wrapper):
@@ -190,10 +176,6 @@ class PixelEnv(gym.Wrapper):
                     and seen.shape[2:] == (3,))
         self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
         self.draw = None if is_image else bare.render
-        if cfg.env.startswith("CarRacing"):
-            # it draws in every step, which takes nearly all of the time: draw only what is used
-            self.draw = functools.partial(bare.unwrapped._render, "state_pixels")
-            bare.unwrapped._render = draw_nothing
 
     def frame(self, observation):
         if self.draw:
@@ -275,12 +257,12 @@ class AgentPolicy:
         return np.where(explore, self.random.act(frames, actions), action).astype(np.int16)
 
 
-def play(cfg, policy, seeds, done=None):
+def play(cfg, policy, seeds, done=()):
     """Plays one episode per seed, cfg.envs at a time; yields (seed, episode).
 
     Episodes are the arrays of an episode file; those of agents also have "values" (T,), what the
-    value head expected at every frame. Environments that play together are left out if done(seed)
-    holds for all of them.
+    value head expected at every frame. Episodes that would be played together are left out if all
+    their seeds are among `done`.
     """
     seeds, count = list(seeds), min(cfg.envs, len(seeds))
     make = functools.partial(PixelEnv, cfg)
@@ -289,7 +271,7 @@ def play(cfg, policy, seeds, done=None):
         for start in range(0, len(seeds), count):
             # the last wave may repeat a seed
             wave = (seeds[start:] + [seeds[-1]] * count)[:count]
-            if done and all(map(done, wave)):
+            if all(seed in done for seed in wave):
                 continue
             # no action led to the first frame, and no reward came with it
             frames, rewards = [envs.reset(seed=wave)[0]], [np.zeros(count)]
@@ -412,59 +394,12 @@ class Data:
         return batch
 
 
+def load_data(run):
+    return Data(run.cfg, run.folder / "data", run.cfg.round_episodes if run.round else 0)
+
+
 # --------------------------------------------------------------------------------------------------
-# The training loop: optimizer, averaged weights, checkpoint, resume (run folder: assets/files.py)
-
-class Run(RunFolder):
-    """One run: its folder and settings, and the device and processes it trains on."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.rank, self.world_size = 0, 1
-        if dist.is_initialized():
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        flags.check_batches(self.cfg, sequence_shapes(self.cfg, 0)[0], self.world_size)
-        self.device = "cpu"
-        bf16 = (torch.backends.mkldnn.is_available()
-                and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if torch.cuda.is_available():
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-
-    def autocast(self):
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.split(":")[0], self.dtype, enabled=enabled)
-
-    def seed_phase(self, phase, *step):
-        """Seeds torch for a phase, or one step of it, whatever ran before; returns a NumPy rng.
-
-        The numbers follow from (seed, phase, round, step) and are equal on all processes: so a
-        resumed run draws what it would have drawn.
-        """
-        numbers = (self.seed, PHASES.index(phase), self.round, *step)
-        sequence = np.random.SeedSequence(numbers)
-        torch.manual_seed(int(sequence.generate_state(1)[0]))
-        return np.random.default_rng(sequence)
-
-    def to_device(self, batch):
-        """This process's share of a batch drawn for all processes -> tensors on the device."""
-        tensors = {}
-        for name, x in batch.items():
-            first, last = (len(x) * rank // self.world_size for rank in (self.rank, self.rank + 1))
-            tensors[name] = torch.as_tensor(x[first:last]).to(self.device)
-        return tensors
-
-    def for_inference(self, module):
-        """A frozen copy, its transformers in this device's precision; heads stay in float32."""
-        module = frozen(module).to(self.device)
-        getattr(module, "dynamics", module).to(self.dtype)
-        return module
-
-    def data(self):
-        recent = self.cfg.round_episodes if self.round else 0
-        return Data(self.cfg, self.folder / "data", recent)
-
+# The training loop: optimizer, averaged weights, checkpoint, resume (run folder: assets/run.py)
 
 def compile_blocks(model):
     """torch.compile for every transformer block."""
@@ -616,12 +551,6 @@ class Loop:
         self.log_time = time.time()
 
 
-def barrier():
-    """Waits for the other processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 # --------------------------------------------------------------------------------------------------
 # The phases
 
@@ -636,16 +565,10 @@ def collect(run, policy_file=None):
         # --policy by hand: append after whatever is there
         first = len(list(run.folder.glob("data/*.npz")))
     seeds = [run.seed * 100_000 + i for i in range(first, first + wanted)]
-
-    def path(seed):
-        return run.folder / "data" / f"{seed:010d}.npz"
-
-    def done(seed):
-        return path(seed).exists()
-
-    missing = wanted - sum(map(done, seeds))
+    paths = {seed: run.folder / "data" / f"{seed:010d}.npz" for seed in seeds}
+    done = {seed for seed, path in paths.items() if path.exists()}
     # one process collects, the others wait
-    if not missing or not is_main_process():
+    if len(done) == wanted or not is_main_process():
         print0(f"[collect] finished before: the {wanted} episodes of round {run.round} are there")
         return
     seed = run.seed * 1000 + run.round
@@ -655,18 +578,18 @@ def collect(run, policy_file=None):
         policy = AgentPolicy(tokenizer, agent, cfg, seed, cfg.policy_random)
     start, frames, returns = time.time(), 0, []
     for seed, episode in play(cfg, policy, seeds, done):
-        if done(seed):
+        if seed in done:
             continue
         if not returns:
             run.save_config()
         episode.pop("values", None)
-        write_file(path(seed), lambda file: np.savez_compressed(file, **episode))
+        write_file(paths[seed], functools.partial(np.savez_compressed, **episode))
         frames += len(episode["frames"])
         returns.append(float(episode["rewards"].sum()))
-        if len(returns) % cfg.envs == 0 or len(returns) == missing:
+        if len(returns) % cfg.envs == 0 or len(returns) + len(done) == wanted:
             rate = frames / (time.time() - start)
-            print0(f"[collect] {len(returns)}/{missing} episodes, {frames} frames at {rate:.0f} "
-                   f"frames/s, return {np.mean(returns):.1f} ± {np.std(returns):.1f}")
+            print0(f"[collect] {len(returns)}/{wanted - len(done)} episodes, {frames} frames at "
+                   f"{rate:.0f} frames/s, return {np.mean(returns):.1f} ± {np.std(returns):.1f}")
             run.log("collect", episodes=len(returns), frames=frames, frames_per_s=round(rate, 1),
                     return_mean=float(np.mean(returns)))
 
@@ -676,7 +599,7 @@ def train_tokenizer(run):
     cfg, state, picture = run.cfg, run.load("tokenizer.pt"), run.folder / "tokenizer.png"
     if run.is_finished("tokenizer", state, cfg.tokenizer_steps, picture):
         return
-    data = run.data()
+    data = load_data(run)
     run.seed_phase("tokenizer")
     model = Tokenizer(cfg)
     loop = Loop(run, "tokenizer", "tokenizer.pt", model, cfg.tokenizer_steps, cfg.tokenizer_lr,
@@ -704,27 +627,18 @@ def train_tokenizer(run):
     print0(f"[tokenizer] PSNR on held-out episodes {score:.2f} dB; see {picture}")
 
 
-def sequence_shapes(cfg, step):
-    """(B, T) of a step: mostly short sequences, every n-th batch long, the same frames in all."""
-    if step % cfg.long_every:
-        return cfg.batch_size, cfg.short_length
-    count = cfg.batch_size * cfg.short_length // cfg.long_length
-    # whole groups of sequences, of which one bootstraps
-    return max(1, count // cfg.shortcut_every) * cfg.shortcut_every, cfg.long_length
-
-
 def train_dynamics(run):
     """Phase 1b: shortcut forcing on latents (eq. 7)."""
     cfg, state, video = run.cfg, run.load("dynamics.pt"), run.folder / "dynamics.gif"
     if run.is_finished("dynamics", state, cfg.dynamics_steps, video):
         return
-    tokenizer, data = load_tokenizer(run), run.data()
+    tokenizer, data = load_tokenizer(run), load_data(run)
     data.encode(tokenizer, run.folder)
     run.seed_phase("dynamics")
     model = Dynamics(cfg)
     loop = Loop(run, "dynamics", "dynamics.pt", model, cfg.dynamics_steps, cfg.dynamics_lr, state)
     for step in loop:
-        B, T = sequence_shapes(cfg, step)
+        B, T = cfg.sequence_shapes(step)
         batch = data.sample(loop.rng, B, T, ["latents", "actions"])
         batch = run.to_device(batch | model.draw(B, T))
         with run.autocast():
@@ -743,7 +657,7 @@ def train_agent(run):
     cfg, state, video = run.cfg, run.load("agent.pt"), run.folder / "agent.gif"
     if run.is_finished("agent", state, cfg.agent_steps, video):
         return
-    tokenizer, data = load_tokenizer(run), run.data()
+    tokenizer, data = load_tokenizer(run), load_data(run)
     data.encode(tokenizer, run.folder)
     run.seed_phase("agent")
     model = Agent(cfg)
@@ -759,7 +673,7 @@ def train_agent(run):
     loop = Loop(run, "agent", "agent.pt", model, cfg.agent_steps, cfg.dynamics_lr, state,
                 extra=extra)
     for step in loop:
-        B, T = sequence_shapes(cfg, step)
+        B, T = cfg.sequence_shapes(step)
         names = ["latents", "actions", "rewards"]
         batch = data.sample(loop.rng, B, T, names, cfg.rewarded_share)
         batch = run.to_device(batch | model.dynamics.draw(B, T))
@@ -798,7 +712,7 @@ def train_imagination(run):
     if run.is_finished("imagination", run.load("agent.pt"), cfg.imagination_steps):
         return
     state = run.load("agent.pt", "agent", cfg.agent_steps)
-    data = run.data()
+    data = load_data(run)
     data.encode(load_tokenizer(run), run.folder)
     agent = Agent(cfg)
     agent.load_state_dict(state["ema"])
@@ -882,7 +796,7 @@ def load_agent(run, path):
 def held_out_episodes(run, tokenizer, agent):
     """Held-out episodes with latents; where the run has no data, four that the policy plays."""
     if len(list(run.folder.glob("data/*.npz"))) >= 2:
-        data = run.data()
+        data = load_data(run)
         data.encode(tokenizer, run.folder)
         return data.held_out
     print0(f"{run.folder / 'data'} holds no episodes: the policy plays 4 for contexts")
@@ -964,19 +878,7 @@ def open_run(args):
     if not cfg.env:
         # nobody collects more
         cfg.rounds = 1
-    return Run(folder, cfg, saved["seed"], actions, saved["preset"], overrides)
-
-
-def init_distributed():
-    """Joins the other processes, if torchrun has started several."""
-    if "WORLD_SIZE" not in os.environ:
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl"
-    # the others wait while one collects
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    return Run(folder, cfg, saved["seed"], actions, saved["preset"], overrides, args.device)
 
 
 def main(arguments=None):
@@ -989,7 +891,7 @@ def main(arguments=None):
         if os.environ.get("RANK", "0") != "0":
             return
     else:
-        init_distributed()
+        init_distributed(args.device)
     if args.preset == "paper" and args.phase == "bench":
         return bench.paper_sizes(TrainConfig(**PRESETS["paper"]))
     start, run = time.time(), open_run(args)
@@ -1010,11 +912,7 @@ def main(arguments=None):
     elif args.phase == "play":
         tokenizer, model, _ = load_agent(run, agent)
         episodes = held_out_episodes(run, tokenizer, model)
-        player = Player(tokenizer, model, episodes, run.cfg)
-        try:
-            serve(player, args.port, lambda: bool(STOP))
-        except (OSError, OverflowError) as error:
-            fail(f"--port {args.port}: {error}; choose another one")
+        serve(Player(tokenizer, model, episodes, run.cfg), args.port, lambda: bool(STOP))
     elif args.phase == "bench":
         bench.bench(run, compile_blocks, play, RandomPolicy(run.cfg, 0))
     # the last line of the others is their result as JSON

@@ -1,10 +1,11 @@
-"""The paper's claims at the scale of the cpu preset: dynamics variants on the data and tokenizer of a finished run.
+"""The paper's claims at the scale of the cpu preset: variants of the dynamics of a finished run.
 
-    python assets/ablations.py runs/cpu --steps 300    # writes assets/results/ablations.csv; about an hour
+    python assets/ablations.py runs/cpu --steps 300    # about an hour; assets/results/ablations.csv
     python assets/ablations.py runs/cpu --steps 20     # a try
 
-Every variant trains from the same seed, on the same episodes, for the same number of steps, and then dreams 16 frames
-open loop from 4 frames of held-out episodes. One seed each: differences of a few tenths of a decibel mean nothing.
+Every variant trains from the same seed, on the same episodes and latents, for the same number of
+steps, and then dreams 16 frames open loop from 4 frames of held-out episodes. One seed each:
+differences of a few tenths of a decibel mean nothing.
 """
 import argparse
 import csv
@@ -31,7 +32,7 @@ class VelocityPrediction(dreamer4.Dynamics):
 
 
 class DiffusionForcing(dreamer4.Dynamics):
-    """Without shortcuts: every frame is trained at d_min, and dreamed with that label in any number of steps."""
+    """Without shortcuts: every frame is trained at d_min, and dreamed with that label."""
 
     def draw(self, B, T, *args, **kwargs):
         draws = super().draw(B, T, *args, **kwargs)
@@ -49,7 +50,8 @@ def velocity_weight(tau):
 
 
 SHORTCUT, FORCING = dreamer4.Dynamics, DiffusionForcing
-# name: model, changed settings, weight of the squared error in x-space, share of episodes with actions, K to dream with
+# name: model, changed settings, weight of the squared error in x-space, share of episodes with
+# actions, K to dream with
 VARIANTS = {
     "as in the preset": (SHORTCUT, {}, None, 1.0, (1, 2, 4, 8, 16, 64)),
     "diffusion forcing": (FORCING, {}, None, 1.0, (1, 2, 4, 8, 16, 64)),
@@ -69,10 +71,7 @@ VARIANTS = {
 
 
 class AblationRun(train.Run):
-    """A run whose own files stay as they are, and whose data is given."""
-
-    def data(self):
-        return self.all_data
+    """A run whose own files stay as they are."""
 
     def save_config(self):
         pass
@@ -84,8 +83,12 @@ class AblationRun(train.Run):
 def new_tokenizer(run, data):
     """A tokenizer trained anew, for as long as in one round."""
     folder = run.folder / f"ablation{run.cfg.mask_max}"
+
+    def load_data(_):
+        return data
+
     other = AblationRun(folder, run.cfg, run.seed, run.actions)
-    other.all_data = data
+    train.load_data = load_data
     train.train_tokenizer(other)
     return train.load_tokenizer(other)
 
@@ -96,20 +99,22 @@ def measure(run, data, name, steps):
     cfg, ramp, began = run.cfg, dreamer4.ramp_weight, time.time()
     cfg.mask_max = changes.get("mask_max", cfg.mask_max)
     tokenizer = new_tokenizer(run, data) if "mask_max" in changes else train.load_tokenizer(run)
-    for setting, value in changes.items():                     # only now: the tokenizer has the run's architecture
+    # only now: the tokenizer has the run's architecture
+    for setting, value in changes.items():
         setattr(cfg, setting, value)
     cfg.dynamics_steps, cfg.save_seconds = steps, 1e9
     data.encode(tokenizer, run.folder)
     actions = [e["actions"] for e in data.train]
     for i, e in enumerate(data.train):
-        if (i * 0.6180339887) % 1 >= labeled:                     # an even, fixed choice of episodes
+        # an even, fixed choice of episodes
+        if (i * 0.6180339887) % 1 >= labeled:
             e["actions"] = np.full_like(e["actions"], -1)
     run.seed_phase("dynamics")
     model = cls(cfg)
     loop = train.Loop(run, "dynamics", "ablation.pt", model, steps, cfg.dynamics_lr)
     dreamer4.ramp_weight = weight or ramp
     for step in loop:
-        B, T = train.sequence_shapes(cfg, step)
+        B, T = cfg.sequence_shapes(step)
         batch = data.sample(loop.rng, B, T, ["latents", "actions"])
         batch = run.to_device(batch | model.draw(B, T))
         with run.autocast():
@@ -124,7 +129,8 @@ def measure(run, data, name, steps):
     truth = batch["frames"][:, context:]
     other = np.roll(batch["actions"], 1, 0)
     other[:, :context] = batch["actions"][:, :context]
-    given = batch["actions"] if labeled else np.full_like(other, -1)          # without labels there is nothing to give
+    # without labels there is nothing to give
+    given = batch["actions"] if labeled else np.full_like(other, -1)
     for k in ks:
         scores = {}
         for label, chosen in (("psnr", given), ("psnr_other_actions", other)):
@@ -138,7 +144,8 @@ def measure(run, data, name, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--steps", type=int, default=600, help="training steps of every variant")
     parser.add_argument("--only", help="variants whose name holds this text")
@@ -148,7 +155,7 @@ def main():
         state = train.load_checkpoint(args.run / "tokenizer.pt")
         cfg = train.TrainConfig(**state["config"])
         run = AblationRun(args.run, cfg, state["seed"], None)
-        data = run.all_data = train.Data(cfg, args.run / "data")
+        data = train.Data(cfg, args.run / "data")
         for row in measure(run, data, name, args.steps):
             print(row, flush=True)
             new = not args.out.exists()

@@ -1,29 +1,21 @@
-"""The files of a run, and how the program ends: nothing here is about Dreamer 4.
+"""Files, processes, and how the program ends: nothing here is about Dreamer 4.
 
 Files are written as a whole or not at all. What cannot be read ends the program with one line that
 says what is wrong, where, and what to do. Ctrl-C and SIGTERM are noted here, and looked at between
 two steps.
 """
 import contextlib
-import json
+import datetime
 import os
 import sys
 import zipfile
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dreamer4 import Config
 
-# In the order of time; a checkpoint carries the name of its phase
-PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination",
-          "evaluate", "dream", "play", "bench", "all")
-# Fields of Config that may change between phases; the others are the architecture
-TUNABLE = {"mask_max", "shortcut_every", "separate_images", "checkpointing", "context_share",
-           "unimix", "gamma", "lam", "alpha", "beta"}
 # Version of the checkpoint files
 FORMAT = 1
 # Signals received so far
@@ -45,6 +37,24 @@ def check_stop(stop=STOP):
 
 def is_main_process():
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier():
+    """Waits for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def init_distributed(device):
+    """Joins the other processes, if torchrun has started several. device: of --device."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    backend = "gloo"
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
+    # the others wait while one collects
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
 
 
 def print0(text):
@@ -123,68 +133,3 @@ def load_checkpoint(path):
         fail(f"checkpoint {path} is of another version (this code reads format {FORMAT}); "
              "train it again")
     return state
-
-
-class RunFolder:
-    """runs/NAME: config.json, metrics.jsonl, checkpoints; and which phases have finished there."""
-
-    def __init__(self, folder, cfg, seed, actions, preset="", overrides=()):
-        """actions: from describe_actions; overrides: names of the settings given as flags."""
-        self.folder, self.cfg, self.seed, self.actions = Path(folder), cfg, seed, actions
-        self.preset, self.overrides, self.round = preset, overrides, 0
-
-    def save_config(self):
-        """config.json: the settings of the last command that made something."""
-        settings = {"preset": self.preset, "seed": self.seed, "actions": self.actions,
-                    "config": asdict(self.cfg)}
-        text = json.dumps(settings, indent=1).encode()
-        write_file(self.folder / "config.json", lambda file: file.write(text))
-
-    def load(self, name, phase=None, steps=0):
-        """The checkpoint; None where there is none, unless `phase` must have finished in it.
-
-        The run takes its architecture from there.
-        """
-        path, state = self.folder / name, None
-        if path.exists():
-            state = load_checkpoint(path)
-            self.take_architecture(state, path)
-        unfinished = state and state["phase"] == phase and state["step"] < steps
-        if phase and (state is None or unfinished):
-            fail(f"{path} is {'not finished' if state else 'missing'}; run first: "
-                 f"python train.py --phase {phase} --run {self.folder}")
-        return state
-
-    def take_architecture(self, state, path):
-        """Takes the architecture of a checkpoint; a flag or environment must not contradict it."""
-        saved, cfg = state["config"], self.cfg
-        architecture = {field.name for field in fields(Config)} - TUNABLE
-        for name in architecture & set(self.overrides):
-            if saved[name] != getattr(cfg, name):
-                fail(f"--{name} {getattr(cfg, name)} contradicts {path}, made with {saved[name]}; "
-                     "drop the flag or use another --run")
-        if self.actions is not None and json.loads(state["actions"]) != self.actions:
-            fail(f"checkpoint {path} has another action space ({saved['action_spec']}) than "
-                 f"{cfg.env} ({cfg.action_spec}) with --action_bins {cfg.action_bins}; "
-                 "use another --run or --env")
-        for name in architecture:
-            setattr(cfg, name, saved[name])
-
-    def is_finished(self, phase, state, steps, picture=None):
-        """Whether a checkpoint (or None) has this round's phase behind it, picture included."""
-        if state is None:
-            return False
-        here = (self.round, PHASES.index(phase))
-        there = (state["round"], PHASES.index(state["phase"]))
-        complete = state["step"] >= steps and (picture is None or picture.exists())
-        if there > here or there == here and complete:
-            print0(f"[{phase}] finished before")
-            return True
-        return False
-
-    def log(self, phase, **numbers):
-        if is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            row = {"phase": phase, "round": self.round, **numbers}
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")

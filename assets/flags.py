@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from assets.files import PHASES, fail, load_checkpoint
+from assets.files import fail, load_checkpoint
+from assets.run import PHASES
 from dreamer4 import Config
 
 
@@ -50,6 +51,8 @@ def parse(arguments, description, presets, config):
         "runs/NAME where that is no run")
     add("--seed", type=int, help="training seed, default 0")
     add("--checkpoint", help="agent.pt to evaluate, dream with or play")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="where to train; auto: cuda where it is there, else cpu")
     add("--policy", help="collect: checkpoint of the policy that acts")
     add("--episodes", type=int, help="episodes to collect or to evaluate on")
     add("--length", type=int, default=48, help="frames of the dream's video")
@@ -110,7 +113,7 @@ def read_settings(args, presets, config):
     Three rules:
     1. The settings are those of --checkpoint or of the run's config.json, else the preset's.
     2. Every flag overrides one; but not another --preset, and not the architecture of a checkpoint
-       (files.RunFolder.take_architecture).
+       (run.Run.take_architecture).
     3. --action_spec means recorded data: no environment, one round (train.open_run).
     """
     folder = run_folder(args)
@@ -136,15 +139,3 @@ def read_settings(args, presets, config):
     except TypeError as error:
         fail(f"{args.checkpoint or folder} has settings that this version does not know: {error}")
     return folder, cfg, saved, overrides
-
-
-def check_batches(cfg, long_batch, processes):
-    """Every process must get the same number of sequences, of which every n-th bootstraps."""
-    group = processes * cfg.shortcut_every
-    for name, count, divisor in [
-            ("batch_size", cfg.batch_size, group), ("batch_size", long_batch, group),
-            ("rollouts", cfg.rollouts, processes),
-            ("tokenizer_batch", cfg.tokenizer_batch, processes)]:
-        if processes > 1 and count % divisor:
-            fail(f"--{name} gives batches of {count} sequences, which do not divide by {divisor} "
-                 f"({processes} processes, the dynamics' also by shortcut_every)")

@@ -54,8 +54,8 @@ def reward_health(data, predicted, real):
     if data.reward_std < 1e-6:
         lines.append(
             "WARNING: all rewards are equal: the reward head has nothing to learn, and imagination "
-            "will have no good or bad actions. Phases 2 and 3 then only clone behaviour; bring data "
-            "with rewards")
+            "will have no good or bad actions. Phases 2 and 3 then only clone behaviour; bring "
+            "data with rewards")
     elif predicted.std() < 0.1 * max(real.std(), 1e-6):
         lines.append("WARNING: the reward head has collapsed to a constant; try more --agent_steps "
                      "or a larger --rewarded_share")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from assets.files import fail
 from assets.videos import random_windows, to_frames
 from dreamer4 import Cache
 
@@ -161,8 +162,12 @@ def make_server(player, port):
 
 
 def serve(player, port, should_stop):
-    """Serves the page until should_stop() is true. Raises OSError or OverflowError for the port."""
-    with make_server(player, port) as server:
+    """Serves the page until should_stop() is true."""
+    try:
+        server = make_server(player, port)
+    except (OSError, OverflowError) as error:
+        fail(f"--port {port}: {error}; choose another one")
+    with server:
         # should_stop is asked so often, in seconds
         server.timeout = 0.2
         print(f"[play] open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)

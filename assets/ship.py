@@ -1,4 +1,4 @@
-"""A trained agent.pt as a small file to give away: half precision, no optimizers, no weights but the averaged ones.
+"""A trained agent.pt as a small file: half precision, averaged weights only, no optimizers.
 
     python assets/ship.py runs/cpu/agent.pt assets/carracing.pt
 """
@@ -11,7 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from assets.files import load_checkpoint, write_file
 
-NEEDED = ("format", "phase", "seed", "round", "step", "config", "actions", "tokenizer", "ema", "heads")
+NEEDED = ("format", "phase", "seed", "round", "step", "config", "actions", "tokenizer", "ema",
+          "heads")
 
 
 def half(value):

@@ -250,7 +250,7 @@ def test_an_interrupted_collection_goes_on_with_the_episodes_it_would_have_playe
     tokenizer, agent, _ = train.load_agent(run, copied / "agent.pt")
     policy = train.AgentPolicy(tokenizer, agent, run.cfg, 0, random_share=0.5)
     four = dict(train.play(run.cfg, policy, range(4)))
-    two = dict(train.play(run.cfg, policy, range(4), done=lambda seed: seed < 2))
+    two = dict(train.play(run.cfg, policy, range(4), done={0, 1}))
     assert [*four] == [0, 1, 2, 3] and [*two] == [2, 3] and are_in(two, four)
     assert len({e["actions"].tobytes() for e in four.values()}) == 4
 

@@ -167,7 +167,7 @@ def stretched(camera):
 
 def test_minerl_has_a_camera_of_11_by_11_bins_items_by_name_and_the_old_interface(minerl):
     env = train.PixelEnv(minerl)
-    flat_env = worlds.make(minerl.env, {}, minerl.action_bins)
+    flat_env = worlds.make(minerl.env, "{}", minerl.action_bins)
     sizes = worlds.action_sizes(json.loads(json.dumps(env.description)))
     # in the order of the names
     assert sizes == minerl.action_spec
@@ -243,7 +243,7 @@ def test_a_missing_package_ends_in_its_pip_command(monkeypatch, capsys, env, pac
 def made(monkeypatch, space, bins=5):
     """worlds.make of an environment with this action space."""
     monkeypatch.setattr(gym, "make", lambda name, **kwargs: Playground(space))
-    return worlds.make("Playground-v0", {}, bins)
+    return worlds.make("Playground-v0", "{}", bins)
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
@@ -258,19 +258,18 @@ def test_only_nested_and_binary_action_spaces_are_flattened_with_the_bins_asked_
 
 @pytest.mark.parametrize("space", [Box(-np.inf, 1, (2,)), Dict(a=Discrete(2), b=Box(-np.inf, 1))],
                          ids=str)
-def test_an_unbounded_action_anywhere_is_refused_in_one_line(monkeypatch, space):
-    with pytest.raises(ValueError, match="action space Box.* is not supported; bounded Box") as e:
-        made(monkeypatch, space)
-    assert len(str(e.value).splitlines()) == 1
+def test_an_unbounded_action_anywhere_is_refused_in_one_line(monkeypatch, capsys, space):
+    words = ("action space Box", "is not supported; bounded Box")
+    error(capsys, lambda: made(monkeypatch, space), *words)
 
 
 @pytest.mark.parametrize("name, kwargs, words", [
-    ("Nowhere-v0", {}, "--env Nowhere-v0: "),
-    ("CarRacing-v3", {"bogus": 1}, "--env_kwargs .*bogus.* does not fit CarRacing-v3: ")])
-def test_a_wrong_name_or_argument_ends_in_one_line_that_names_the_flag(name, kwargs, words):
-    with pytest.raises(ValueError, match="^" + words) as e:
-        worlds.make(name, kwargs, 5)
-    assert len(str(e.value).splitlines()) == 1
+    ("Nowhere-v0", "{}", ["--env Nowhere-v0: "]),
+    ("CarRacing-v3", '{"bogus": 1}', ["--env_kwargs", "bogus", "does not fit CarRacing-v3: "]),
+    ("CarRacing-v3", "{", ["--env_kwargs { is not JSON"])])
+def test_a_wrong_name_or_argument_ends_in_one_line_that_names_the_flag(
+        capsys, name, kwargs, words):
+    error(capsys, lambda: worlds.make(name, kwargs, 5), *words)
 
 
 @pytest.mark.parametrize("display", [None, ":0"])

@@ -7,11 +7,15 @@
 MineRL and Crafter have the interface of Gym before Gymnasium; MineRL's camera, two angles, becomes
 one component of 11 * 11 categories. Tuple, Dict and MultiBinary action spaces are flattened.
 """
+import json
 import os
 import sys
 
 import gymnasium as gym
 import numpy as np
+
+from assets.car_racing import CarRacing
+from assets.files import fail
 
 # VPT's camera: degrees per step, fine near 0 (μ-law)
 CAMERA_BINS, CAMERA_MAX, CAMERA_MU = 11, 10.0, 10.0
@@ -33,7 +37,7 @@ def describe_actions(space, bins):
     """Box, Discrete, MultiDiscrete or MultiBinary -> plain values, stored with the model as JSON.
 
     Index i of a component stands for low + i * step. A Box gets `bins` values per dimension, both
-    ends included. Raises Unusable for other spaces.
+    ends included. Other spaces end the program.
     """
     if isinstance(space, gym.spaces.Box) and space.is_bounded():
         low, sizes = space.low, np.full(space.shape, bins)
@@ -49,8 +53,8 @@ def describe_actions(space, bins):
         low, step = np.zeros(space.shape, int), np.ones(space.shape, int)
         sizes = np.full(space.shape, 2)
     else:
-        raise Unusable(f"action space {space} is not supported; bounded Box, Discrete, "
-                       "MultiDiscrete, MultiBinary, Tuple and Dict are")
+        fail(f"action space {space} is not supported; bounded Box, Discrete, MultiDiscrete, "
+             "MultiBinary, Tuple and Dict are")
     numbers = {"low": low, "step": step, "sizes": sizes}
     plain = {name: np.asarray(x).tolist() for name, x in numbers.items()}
     return plain | {"dtype": str(space.dtype)}
@@ -74,10 +78,6 @@ def to_indices(description, action):
     low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
     index = (np.asarray(action, float) - low) / np.where(step == 0, 1, step)
     return index.round().clip(0, sizes - 1).astype(np.int16).ravel()
-
-
-class Unusable(ValueError):
-    """Why an environment cannot be used: one line to print."""
 
 
 class FlatActions(gym.ActionWrapper):
@@ -153,8 +153,7 @@ class OldGym(gym.Env):
         if kind == "Box":
             return gym.spaces.Box(space.low, space.high, space.shape, space.dtype)
         if kind not in ("Discrete", "Enum"):
-            raise Unusable(f"action space {space} is not supported for environments of the old "
-                           "interface")
+            fail(f"action space {space} is not supported for environments of the old interface")
         return gym.spaces.Discrete(int(space.n))
 
     def old(self, space, action, name=None):
@@ -214,14 +213,16 @@ def make_gymnasium(name, **kwargs):
 
 
 # Beginning of the name: how to make it, what to install
-FAMILIES = {"MineRL": (make_minerl, "minerl (it needs Java 8)"),
+FAMILIES = {"CarRacing": (CarRacing, "gymnasium[box2d]"),
+            "MineRL": (make_minerl, "minerl (it needs Java 8)"),
             "Crafter": (make_crafter, "crafter"), "ALE/": (make_atari, "ale-py")}
 
 
 def make(name, kwargs, bins):
     """gym.make(name, **kwargs), whatever package it is from; nested action spaces are flattened.
 
-    bins: of a Box within a nested action space. Raises Unusable with one line to print.
+    kwargs: as JSON; bins: of a Box within a nested action space. What cannot be used ends the
+    program.
     """
     on_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.platform == "linux" and not on_screen:
@@ -230,16 +231,13 @@ def make(name, kwargs, bins):
     prefix = next((prefix for prefix in FAMILIES if name.startswith(prefix)), None)
     make_it, package = FAMILIES.get(prefix, (make_gymnasium, None))
     try:
-        env = make_it(name, **kwargs)
+        env = make_it(name, **json.loads(kwargs))
     except ImportError as error:
-        raise Unusable(f"--env {name} is not installed ({error}); run: pip install "
-                       f"{package or error.name}")
+        fail(f"--env {name} is not installed ({error}); run: pip install {package or error.name}")
     except gym.error.Error as error:
-        raise Unusable(f"--env {name}: {error}")
-    except Unusable:
-        raise
+        fail(f"--env {name}: {error}")
     except (TypeError, ValueError) as error:
-        raise Unusable(f"--env_kwargs {kwargs} does not fit {name}: {error}")
+        fail(f"--env_kwargs {kwargs} is not JSON or does not fit {name}: {error}")
     nested = (gym.spaces.Tuple, gym.spaces.Dict, gym.spaces.MultiBinary)
     if isinstance(env.action_space, nested):
         env = FlatActions(env, bins)

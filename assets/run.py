@@ -1,0 +1,150 @@
+"""One run: its folder, settings, device, processes and seeds; nothing here is about Dreamer 4.
+
+    runs/NAME/  config.json  metrics.jsonl  data/*.npz  *.pt  *.png  *.gif  eval.json
+"""
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from assets.files import fail, is_main_process, load_checkpoint, print0, write_file
+from dreamer4 import Config, frozen
+
+# In the order of time; a checkpoint carries the name of its phase
+PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination",
+          "evaluate", "dream", "play", "bench", "all")
+# Fields of Config that may change between phases; the others are the architecture
+TUNABLE = {"mask_max", "shortcut_every", "separate_images", "checkpointing", "context_share",
+           "unimix", "gamma", "lam", "alpha", "beta"}
+
+
+def choose_device(name):
+    """auto, cpu, cuda or mps -> the device's name in torch, and the precision to train in."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not has.get(name, True):
+        fail(f"--device {name}: this PyTorch finds no such device; try --device cpu")
+    if name == "cuda" or name == "auto" and has["cuda"]:
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name == "mps":
+        bf16 = False
+    else:
+        name, mkldnn = "cpu", torch.backends.mkldnn.is_available()
+        bf16 = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return name, torch.bfloat16 if bf16 else torch.float32
+
+
+class Run:
+    """runs/NAME: config.json, metrics.jsonl, checkpoints; and which phases have finished there."""
+
+    def __init__(self, folder, cfg, seed, actions, preset="", overrides=(), device="auto"):
+        """actions: from describe_actions; overrides: names of the settings given as flags."""
+        self.folder, self.cfg, self.seed, self.actions = Path(folder), cfg, seed, actions
+        self.preset, self.overrides, self.round = preset, overrides, 0
+        self.device, self.dtype = choose_device(device)
+        self.rank, self.world_size = 0, 1
+        if dist.is_initialized():
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.check_batches()
+
+    def check_batches(self):
+        """Every process must get the same number of sequences, of which every n-th bootstraps."""
+        cfg, group = self.cfg, self.world_size * self.cfg.shortcut_every
+        for name, count, divisor in [
+                ("batch_size", cfg.batch_size, group),
+                ("batch_size", cfg.sequence_shapes(0)[0], group),
+                ("rollouts", cfg.rollouts, self.world_size),
+                ("tokenizer_batch", cfg.tokenizer_batch, self.world_size)]:
+            if self.world_size > 1 and count % divisor:
+                fail(f"--{name} gives batches of {count} sequences, which do not divide by "
+                     f"{divisor} ({self.world_size} processes, the dynamics' also by "
+                     "shortcut_every)")
+
+    def save_config(self):
+        """config.json: the settings of the last command that made something."""
+        settings = {"preset": self.preset, "seed": self.seed, "actions": self.actions,
+                    "config": asdict(self.cfg)}
+        text = json.dumps(settings, indent=1).encode()
+        write_file(self.folder / "config.json", lambda file: file.write(text))
+
+    def load(self, name, phase=None, steps=0):
+        """The checkpoint; None where there is none, unless `phase` must have finished in it.
+
+        The run takes its architecture from there.
+        """
+        path, state = self.folder / name, None
+        if path.exists():
+            state = load_checkpoint(path)
+            self.take_architecture(state, path)
+        unfinished = state and state["phase"] == phase and state["step"] < steps
+        if phase and (state is None or unfinished):
+            fail(f"{path} is {'not finished' if state else 'missing'}; run first: "
+                 f"python train.py --phase {phase} --run {self.folder}")
+        return state
+
+    def take_architecture(self, state, path):
+        """Takes the architecture of a checkpoint; a flag or environment must not contradict it."""
+        saved, cfg = state["config"], self.cfg
+        architecture = {field.name for field in fields(Config)} - TUNABLE
+        for name in architecture & set(self.overrides):
+            if saved[name] != getattr(cfg, name):
+                fail(f"--{name} {getattr(cfg, name)} contradicts {path}, made with {saved[name]}; "
+                     "drop the flag or use another --run")
+        if self.actions is not None and json.loads(state["actions"]) != self.actions:
+            fail(f"checkpoint {path} has another action space ({saved['action_spec']}) than "
+                 f"{cfg.env} ({cfg.action_spec}) with --action_bins {cfg.action_bins}; "
+                 "use another --run or --env")
+        for name in architecture:
+            setattr(cfg, name, saved[name])
+
+    def is_finished(self, phase, state, steps, picture=None):
+        """Whether a checkpoint (or None) has this round's phase behind it, picture included."""
+        if state is None:
+            return False
+        here = (self.round, PHASES.index(phase))
+        there = (state["round"], PHASES.index(state["phase"]))
+        complete = state["step"] >= steps and (picture is None or picture.exists())
+        if there > here or there == here and complete:
+            print0(f"[{phase}] finished before")
+            return True
+        return False
+
+    def log(self, phase, **numbers):
+        if is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            row = {"phase": phase, "round": self.round, **numbers}
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def autocast(self):
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.split(":")[0], self.dtype, enabled=enabled)
+
+    def seed_phase(self, phase, *step):
+        """Seeds torch for a phase, or one step of it, whatever ran before; returns a NumPy rng.
+
+        The numbers follow from (seed, phase, round, step) and are equal on all processes: so a
+        resumed run draws what it would have drawn.
+        """
+        numbers = (self.seed, PHASES.index(phase), self.round, *step)
+        sequence = np.random.SeedSequence(numbers)
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+        return np.random.default_rng(sequence)
+
+    def to_device(self, batch):
+        """This process's share of a batch drawn for all processes -> tensors on the device."""
+        tensors = {}
+        for name, x in batch.items():
+            first, last = (len(x) * rank // self.world_size for rank in (self.rank, self.rank + 1))
+            tensors[name] = torch.as_tensor(x[first:last]).to(self.device)
+        return tensors
+
+    def for_inference(self, module):
+        """A frozen copy, its transformers in this device's precision; heads stay in float32."""
+        module = frozen(module).to(self.device)
+        getattr(module, "dynamics", module).to(self.dtype)
+        return module
