@@ -93,32 +93,37 @@ class Config:
     lam: float = 0.95             # λ of the returns (Dreamer 3; the paper gives none)
     alpha: float = 0.5            # PMPO: weight of the good set (paper)
     beta: float = 0.3             # PMPO: weight of the KL to the cloned prior (paper)
-    # Without annotation, so no field: the smallest values of the integers that are not 1.
-    minimum = {"registers": 0, "bins": 2}
+    # Without annotation, so no field: unusual ranges, ends included; the usual ones are below.
+    ranges = {"registers": (0, 100), "bins": (2, 10 ** 6), "softcap": (0, 1e4), "beta": (0, 1e4)}
+
+    @classmethod
+    def range_of(cls, field):
+        """Smallest and largest value of a number or of a tuple's entries; None for other fields."""
+        usual = {float: (0, 1), bool: None, str: None}.get(field.type, (1, 10 ** 6))
+        return cls.ranges.get(field.name, usual)
 
     def __post_init__(self):
         # A checkpoint or a command line may bring lists.
         self.image_size, self.action_spec = tuple(self.image_size), tuple(self.action_spec)
         for field in fields(self):
-            minimum = self.minimum.get(field.name, 1)
-            if field.type is int and getattr(self, field.name) < minimum:
-                raise ValueError(f"config: {field.name} must be at least {minimum}")
-        size, spec = self.image_size, self.action_spec
+            value, bounds = getattr(self, field.name), self.range_of(field)
+            kinds = (int, field.type) if bounds else (field.type,)
+            for x in value if isinstance(value, tuple) else (value,):
+                # NaN lies nowhere
+                if type(x) not in kinds or bounds and not bounds[0] <= x <= bounds[1]:
+                    wanted = "from {} to {}".format(*bounds) if bounds else field.type.__name__
+                    raise ValueError(f"config: {field.name} is {x!r}, but must be {wanted}")
         for ok, what in [
-            (len(size) == 2 and min(size) > 0, "image_size must be height and width"),
-            (len(spec) > 0 and min(spec) > 0, "action_spec must list category counts"),
+            (len(self.image_size) == 2, "image_size must be height and width"),
+            (self.action_spec, "action_spec must list category counts"),
             (self.k_max & (self.k_max - 1) == 0, "k_max must be a power of two"),
-            (self.depth >= self.time_every,
-             "depth must be at least time_every, or no layer attends over time"),
+            (self.depth >= self.time_every, "depth below time_every: no layer attends over time"),
             (self.latents % self.pack == 0, "latents must be a multiple of pack"),
             (self.heads % self.kv_heads == 0, "heads must be a multiple of kv_heads"),
-            (self.width % (2 * self.heads) == 0,
-             "width must be a multiple of 2 heads (RoPE turns pairs)"),
+            (self.width % (2 * self.heads) == 0, "width must be a multiple of 2 heads, for RoPE"),
             (self.tokenizer_width % (2 * self.tokenizer_heads) == 0,
-             "tokenizer_width must be a multiple of 2 tokenizer_heads (RoPE turns pairs)"),
-            (0 <= self.context_signal <= 1, "context_signal must lie in [0, 1]"),
-            (0 <= self.context_share < 1,
-             "context_share must lie in [0, 1), or no frame is left to denoise"),
+             "tokenizer_width must be a multiple of 2 tokenizer_heads, for RoPE"),
+            (self.context_share < 1, "context_share below 1 leaves frames to denoise"),
         ]:
             if not ok:
                 raise ValueError(f"config: {what}")
@@ -566,8 +571,7 @@ class Dynamics(nn.Module):
             self.embed_actions(actions)[:, :, None],
             torch.cat((signal, step), -1)[:, :, None],
             latents + self.latent_pos.to(dtype),
-            self.registers.expand(B, T, -1, -1),
-        ]
+            self.registers.expand(B, T, -1, -1)]
         if task_embedding is not None:
             parts.append(task_embedding.expand(B, -1)[:, None, None].expand(B, T, 1, -1))
         x = torch.cat([part.to(dtype) for part in parts], 2)  # (B, T, S, D)
@@ -592,8 +596,7 @@ class Dynamics(nn.Module):
             "tau": torch.where(as_context, c.context_level, tau),
             "d": torch.where(shortcut & ~as_context, d, 1 / c.k_max),
             "noise": torch.randn(B, T, c.latents, c.latent_channels, device=device),
-            "separate": separate,
-        }
+            "separate": separate}
 
     def loss(self, z1, actions, draws, task_embedding=None):
         """Eq. 7 on z1 (B, T, N, Z), actions (B, T, A): (loss, metrics), h (B, T, D) or None."""
@@ -866,8 +869,7 @@ class Agent(nn.Module):
         metrics = {
             "policy": policy, "value": value, "kl": kl.mean(), "entropy": entropy,
             "good": (advantage >= 0).float().mean(), "advantage_std": advantage.std(),
-            "reward": rewards.mean(), "return": returns[:, 0].mean(),
-        }
+            "reward": rewards.mean(), "return": returns[:, 0].mean()}
         metrics = {name: number.detach() for name, number in metrics.items()}
         return policy_weight * policy + value, metrics
 
@@ -879,8 +881,7 @@ def imagine(agent, z, actions, horizon, k=4, task=0, generator=None, temperature
     in Dream. Returns a dict: h (B, H + 1, D) of frames 0 ... H (0 is the context's last), actions
     (B, H, A) taken at frames 0 ... H-1; rewards, continues (B, H), z (B, H, N, Z) of 1 ... H."""
     dream = agent.dream(k, task, generator, temperature)
-    h = [dream.reset(z, actions)]
-    taken, dreamed = [], []
+    h, taken, dreamed = [dream.reset(z, actions)], [], []
     for _ in range(horizon):
         action = agent.sample(agent.policy(h[-1]), generator)
         frame, state = dream.step(action)
@@ -890,8 +891,7 @@ def imagine(agent, z, actions, horizon, k=4, task=0, generator=None, temperature
     h = torch.stack(h, 1).float()
     return {
         "h": h, "actions": torch.stack(taken, 1), "z": torch.stack(dreamed, 1),
-        "rewards": agent.reward(h[:, 1:]), "continues": agent.continuation(h[:, 1:]),
-    }
+        "rewards": agent.reward(h[:, 1:]), "continues": agent.continuation(h[:, 1:])}
 
 
 def frozen(module):

@@ -33,17 +33,19 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from assets import bench, flags, measures, worlds
-from assets.files import (FORMAT, STOP, barrier, check_stop, fail, init_distributed,
-                          is_main_process, load_checkpoint, load_episode, print0, write_file)
+from assets.checkpoints import FORMAT, load_checkpoint
+from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
+                          is_main_process, load_episode, print0, to_json, write_file)
 from assets.play import Player, serve
-from assets.run import Run
+from assets.run import FILES, Run
 from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
                            write_video)
 from assets.worlds import action_sizes, describe_actions, to_action
 from dreamer4 import Agent, Block, Cache, Config, Dream, Dynamics, Tokenizer, frozen, imagine
 
-# Seeds of the environment in evaluation; collection uses smaller ones
-EVALUATION_SEEDS = 1_000_000_000
+# Seeds of the environment: in collection from --seed times the first, in evaluation from the second
+SEEDS_PER_RUN = 100_000
+EVALUATION_SEEDS = (flags.MAX_SEED + 2) * SEEDS_PER_RUN
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,17 +97,18 @@ class TrainConfig(Config):
     eval_episodes: int = 20         # real episodes per policy in evaluation
     compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
     save_seconds: float = 120.0     # time between checkpoints
-    minimum = Config.minimum | {
-        "action_bins": 2, "episode_frames": 2, "warmup": 0, "value_steps": 0}
+    ranges = Config.ranges | {
+        "action_bins": (2, 1000), "episode_frames": (2, 10 ** 6), "envs": (1, 500),
+        "warmup": (0, 10 ** 6), "value_steps": (0, 10 ** 6), "memory_gb": (0, 1e6),
+        "temperature": (0, 100), "save_seconds": (0, 1e9)}
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k < 1 or self.k & (self.k - 1) or self.k > self.k_max:
+        if self.k & (self.k - 1) or self.k > self.k_max:
             raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
-        for name in ("uniform_share", "policy_random", "rewarded_share", "recent_share",
-                     "tokenizer_lr", "dynamics_lr", "policy_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"config: {name} must lie in [0, 1]")
+        if self.collect_episodes + (self.rounds - 1) * self.round_episodes >= SEEDS_PER_RUN:
+            raise ValueError("config: collect_episodes and round_episodes are too many, of all "
+                             f"rounds together {SEEDS_PER_RUN} or more")
 
     def sequence_shapes(self, step):
         """(B, T) of a step: mostly short sequences, every n-th batch long, of as many frames."""
@@ -311,8 +314,9 @@ class Data:
     def __init__(self, cfg, folder, recent=0):
         self.cfg, self.paths = cfg, sorted(Path(folder).glob("*.npz"))
         if len(self.paths) < 2:
+            more = "run: python train.py --phase collect (with the same --run)"
             fail(f"{folder} holds {len(self.paths)} episodes, at least 2 are needed; "
-                 "run: python train.py --phase collect (with the same --run)")
+                 f"{more if cfg.env else 'bring more, or cut long ones'}")
         self.episodes, room = [], cfg.memory_gb * 1e9
         for path in self.paths:
             check_stop()
@@ -344,18 +348,20 @@ class Data:
         start, count = time.time(), 0
         for path, episode in zip(self.paths, self.episodes):
             check_stop()
-            cached, T = folder / f"{path.stem}.npy", len(episode["rewards"])
+            # .npz files carry checksums
+            cached, T = folder / path.name, len(episode["rewards"])
             try:
-                episode["latents"] = np.load(cached, allow_pickle=False)
+                with np.load(cached, allow_pickle=False) as file:
+                    episode["latents"] = file["latents"]
                 outdated = cached.stat().st_mtime < path.stat().st_mtime
                 if len(episode["latents"]) != T or outdated:
                     raise ValueError("the latents of another episode")
-            except (OSError, ValueError, EOFError):
-                # not there, damaged, or of an episode before
-                episode["latents"] = encode(tokenizer, episode["frames"])
+            except Exception:
+                # not there, damaged in any way, or of an episode before
+                latents = episode["latents"] = encode(tokenizer, episode["frames"])
                 count += T
                 if is_main_process():
-                    write_file(cached, functools.partial(np.save, arr=episode["latents"]))
+                    write_file(cached, functools.partial(np.savez, latents=latents))
         if count:
             print0(f"encoded {count} frames at {count / (time.time() - start):.0f} frames/s")
 
@@ -368,7 +374,7 @@ class Data:
         episodes = [e for e in self.train if len(e["rewards"]) >= T]
         if not episodes:
             fail(f"no training episode has {T} frames; use shorter sequences (--long_length, "
-                 "--tokenizer_length) or collect more")
+                 "--tokenizer_length), a smaller --action_repeat, or collect more")
         # every window is equally likely
         chances = np.array([len(e["rewards"]) - T + 1 for e in episodes], float)
         recent = chances * [id(e) in self.recent for e in episodes]
@@ -436,23 +442,27 @@ class Loop:
     It holds the optimizers, learning rate, averaged weights, log, checkpoints and DDP.
     """
 
-    def __init__(self, run, phase, file, model, steps, lr, state=None, names=("model", "ema"),
-                 extra={}):
+    def __init__(self, run, phase, model, lr, state=None, names=("model", "ema"), extra={}):
         """state: a checkpoint whose weights go on, and its optimizers and step if it is of this
         phase and round; names: the checkpoint's entries for the weights and the averaged weights
         (one name: no averaging); extra: further entries to store."""
-        self.run, self.phase, self.file, self.model = run, phase, file, model.to(run.device)
-        self.names, self.steps, self.lr, self.extra = names, steps, lr, extra
+        self.run, self.phase, self.model = run, phase, model.to(run.device)
+        self.path, self.steps = run.folder / FILES[phase], run.steps(phase)
+        self.names, self.lr, self.extra = names, lr, extra
         self.ema = frozen(model) if len(names) > 1 else None
         for name, module in zip(names, (model, self.ema)):
             if state and name in state:
                 module.load_state_dict(state[name])
         self.optimizers = make_optimizers(model, lr, run.cfg.weight_decay)
-        self.first_step = 0
+        self.first_step, self.metrics = 0, {}
         if state and (state["round"], state["phase"]) == (run.round, phase):
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            self.first_step = state["step"]
+            try:
+                for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                    optimizer.load_state_dict(saved)
+            except (KeyError, TypeError, ValueError) as error:
+                fail(f"{self.path} cannot be trained on: its optimizers are missing or damaged "
+                     f"({error!r}); use another --run")
+            self.first_step, self.metrics = state["step"], state.get("metrics", {})
         if run.cfg.compile:
             compile_blocks(model)
         self.model_in_ddp = model
@@ -462,7 +472,7 @@ class Loop:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print0(f"[{phase}] round {run.round} on {run.device} in {str(run.dtype)[6:]}, "
                f"{run.world_size} process(es), {count / 1e6:.2f} M trained parameters, "
-               f"steps {self.first_step} ... {steps}")
+               f"steps {self.first_step} ... {self.steps}")
 
     def __iter__(self):
         self.start_time = self.log_time = self.save_time = time.time()
@@ -477,23 +487,23 @@ class Loop:
                 flags = torch.tensor([stop, save], device=self.run.device)
                 dist.all_reduce(flags, dist.ReduceOp.MAX)
                 stop, save = flags.tolist()
-            # after the last step the phase writes its picture first
-            stop = stop and self.step + 1 < self.steps
             if stop or save:
                 self.save()
             check_stop(stop)
         self.save()
 
-    def save(self):
+    def save(self, finished=False):
+        """Writes the checkpoint. finished: the phase has also written its picture and report."""
         run = self.run
         if is_main_process():
             state = {"format": FORMAT, "phase": self.phase, "round": run.round,
                      "step": self.step + 1, "seed": run.seed, "config": asdict(run.cfg),
-                     "actions": json.dumps(run.actions), **self.extra,
+                     "actions": json.dumps(run.actions), **self.extra, "finished": finished,
+                     "metrics": {name: float(value) for name, value in self.metrics.items()},
                      "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
             for name, module in zip(self.names, (self.model, self.ema)):
                 state[name] = module.state_dict()
-            write_file(run.folder / self.file, functools.partial(torch.save, state))
+            write_file(self.path, functools.partial(torch.save, state))
             run.save_config()
         # no process reads the checkpoint before it is there
         barrier()
@@ -510,7 +520,7 @@ class Loop:
         # one look at the device, not two
         if not torch.isfinite(norm + loss):
             fail(f"{self.phase}, step {self.step}: the loss is not finite (loss {loss.item()}, "
-                 f"gradient norm {norm.item()}); {self.run.folder / self.file} from before, if "
+                 f"gradient norm {norm.item()}); {self.path} from before, if "
                  "any, is intact; try a smaller learning rate (--tokenizer_lr, --dynamics_lr, "
                  "--policy_lr)")
         lr = self.learning_rate()
@@ -524,10 +534,10 @@ class Loop:
             with torch.no_grad():
                 torch._foreach_lerp_(
                     list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-        self.frames += frames
+        self.frames, self.metrics = self.frames + frames, metrics
         is_last = self.step + 1 == self.steps
         if frames and (time.time() - self.log_time > 5 or is_last):
-            self.log(metrics)
+            self.log()
 
     def learning_rate(self):
         """A linear rise over the warmup, and a linear fall to a tenth in the cooldown."""
@@ -537,8 +547,8 @@ class Loop:
         fall = min(1.0, 0.1 + 0.9 * left / max(cfg.cooldown, 1e-9))
         return self.lr * rise * fall
 
-    def log(self, metrics):
-        numbers = {name: float(value) for name, value in metrics.items()}
+    def log(self):
+        numbers = {name: float(value) for name, value in self.metrics.items()}
         seconds = time.time() - self.start_time
         rate = self.frames / seconds
         per_step = seconds / (self.step + 1 - self.first_step)
@@ -564,7 +574,7 @@ def collect(run, policy_file=None):
     elif policy_file:
         # --policy by hand: append after whatever is there
         first = len(list(run.folder.glob("data/*.npz")))
-    seeds = [run.seed * 100_000 + i for i in range(first, first + wanted)]
+    seeds = [run.seed * SEEDS_PER_RUN + i for i in range(first, first + wanted)]
     paths = {seed: run.folder / "data" / f"{seed:010d}.npz" for seed in seeds}
     done = {seed for seed, path in paths.items() if path.exists()}
     # one process collects, the others wait
@@ -597,13 +607,12 @@ def collect(run, policy_file=None):
 def train_tokenizer(run):
     """Phase 1a: masked autoencoding of frames (eq. 5)."""
     cfg, state, picture = run.cfg, run.load("tokenizer.pt"), run.folder / "tokenizer.png"
-    if run.is_finished("tokenizer", state, cfg.tokenizer_steps, picture):
+    if run.is_finished("tokenizer", state):
         return
     data = load_data(run)
     run.seed_phase("tokenizer")
     model = Tokenizer(cfg)
-    loop = Loop(run, "tokenizer", "tokenizer.pt", model, cfg.tokenizer_steps, cfg.tokenizer_lr,
-                state)
+    loop = Loop(run, "tokenizer", model, cfg.tokenizer_lr, state)
     B, T = cfg.tokenizer_batch, cfg.tokenizer_length
     for step in loop:
         # masked from the start, it would stay at the mean image for long
@@ -625,18 +634,19 @@ def train_tokenizer(run):
     write_reconstructions(picture, pairs)
     run.log("tokenizer", psnr=score)
     print0(f"[tokenizer] PSNR on held-out episodes {score:.2f} dB; see {picture}")
+    loop.save(finished=True)
 
 
 def train_dynamics(run):
     """Phase 1b: shortcut forcing on latents (eq. 7)."""
     cfg, state, video = run.cfg, run.load("dynamics.pt"), run.folder / "dynamics.gif"
-    if run.is_finished("dynamics", state, cfg.dynamics_steps, video):
+    if run.is_finished("dynamics", state):
         return
     tokenizer, data = load_tokenizer(run), load_data(run)
     data.encode(tokenizer, run.folder)
     run.seed_phase("dynamics")
     model = Dynamics(cfg)
-    loop = Loop(run, "dynamics", "dynamics.pt", model, cfg.dynamics_steps, cfg.dynamics_lr, state)
+    loop = Loop(run, "dynamics", model, cfg.dynamics_lr, state)
     for step in loop:
         B, T = cfg.sequence_shapes(step)
         batch = data.sample(loop.rng, B, T, ["latents", "actions"])
@@ -647,6 +657,7 @@ def train_dynamics(run):
     dream = Dream(run.for_inference(loop.ema), k=cfg.k)
     write_dream(video, tokenizer, dream, data.held_out, run.seed)
     print0(f"[dynamics] dream beside the truth: {video}")
+    loop.save(finished=True)
 
 
 def train_agent(run):
@@ -655,7 +666,7 @@ def train_agent(run):
     Round 0 starts from dynamics.pt, later rounds from the agent of the round before.
     """
     cfg, state, video = run.cfg, run.load("agent.pt"), run.folder / "agent.gif"
-    if run.is_finished("agent", state, cfg.agent_steps, video):
+    if run.is_finished("agent", state):
         return
     tokenizer, data = load_tokenizer(run), load_data(run)
     data.encode(tokenizer, run.folder)
@@ -664,14 +675,13 @@ def train_agent(run):
     # the value learns in imagination
     model.value_head.requires_grad_(False)
     if not state:
-        world = run.load("dynamics.pt", "dynamics", cfg.dynamics_steps)
+        world = run.load("dynamics.pt", "dynamics")
         model.dynamics.load_state_dict(world["ema"])
     extra = {"tokenizer": tokenizer.state_dict()}
     if state and "heads" in state:
         # of the round before: policy and value go on from there in imagination
         extra["heads"] = state["heads"]
-    loop = Loop(run, "agent", "agent.pt", model, cfg.agent_steps, cfg.dynamics_lr, state,
-                extra=extra)
+    loop = Loop(run, "agent", model, cfg.dynamics_lr, state, extra=extra)
     for step in loop:
         B, T = cfg.sequence_shapes(step)
         names = ["latents", "actions", "rewards"]
@@ -689,6 +699,7 @@ def train_agent(run):
     run.log("agent", reward_corr=measures.correlation(predicted, real),
             reward_share=data.reward_share)
     write_dream(video, tokenizer, agent.dream(cfg.k), data.held_out, run.seed)
+    loop.save(finished=True)
 
 
 class Imagination(nn.Module):
@@ -709,9 +720,9 @@ class Imagination(nn.Module):
 def train_imagination(run):
     """Phase 3: policy and value head learn (eq. 10, 11) on what model and policy dream up."""
     cfg = run.cfg
-    if run.is_finished("imagination", run.load("agent.pt"), cfg.imagination_steps):
+    if run.is_finished("imagination", run.load("agent.pt")):
         return
-    state = run.load("agent.pt", "agent", cfg.agent_steps)
+    state = run.load("agent.pt", "agent")
     data = load_data(run)
     data.encode(load_tokenizer(run), run.folder)
     agent = Agent(cfg)
@@ -724,8 +735,7 @@ def train_imagination(run):
     agent = run.for_inference(agent)
     model = Imagination(agent)
     extra = {"prior": begin, **{name: state[name] for name in ("tokenizer", "model", "ema")}}
-    loop = Loop(run, "imagination", "agent.pt", model, cfg.imagination_steps, cfg.policy_lr, state,
-                ("heads",), extra)
+    loop = Loop(run, "imagination", model, cfg.policy_lr, state, ("heads",), extra)
     # a beginner learns from easier dreams
     temperature = 1 + (cfg.temperature - 1) * (run.round + 1) / cfg.rounds
     for step in loop:
@@ -742,8 +752,9 @@ def train_imagination(run):
             loss, metrics = loop.model_in_ddp(rollout, policy_weight)
             is_last = i + 1 == cfg.updates
             loop.update(loss, metrics, cfg.rollouts * cfg.horizon if is_last else 0)
-    for line in measures.imagination_health(metrics):
+    for line in measures.imagination_health(loop.metrics):
         print0(f"[imagination] {line}")
+    loop.save(finished=True)
 
 
 def run_all(run):
@@ -772,7 +783,7 @@ def run_all(run):
 # Evaluate and dream
 
 def load_tokenizer(run):
-    state = run.load("tokenizer.pt", "tokenizer", run.cfg.tokenizer_steps)
+    state = run.load("tokenizer.pt", "tokenizer")
     tokenizer = Tokenizer(run.cfg)
     tokenizer.load_state_dict(state["ema"])
     return run.for_inference(tokenizer)
@@ -838,15 +849,18 @@ def evaluate(run, path, video):
     model, health = measures.model_measures(tokenizer, agent, held_out, episodes, cfg, run.seed)
     print0(f"[evaluate] {health}")
     results |= {"episodes": len(episodes)} | model
-    results["wall_s"] = round(time.time() - start, 1)
-    results = {name: round(value, 4) for name, value in results.items()}
-    text = json.dumps(results)
-    write_file(run.folder / "eval.json", lambda file: file.write(f"{text}\n".encode()))
+    unknown = [name for name, value in results.items() if not np.isfinite(value)]
+    if unknown:
+        print0(f"[evaluate] the episodes are too short to measure {', '.join(unknown)}")
     table = "\n".join(rows) + "\n"
     write_file(run.folder / "episodes.csv", lambda file: file.write(table.encode()))
     shown = episodes[0]
     reconstruction = decode(tokenizer, shown["latents"][None])[0]
     write_video(video, np.concatenate((shown["frames"], reconstruction), 2), fps=20)
+    results["wall_s"] = time.time() - start
+    text = to_json({name: round(value, 4) for name, value in results.items()})
+    # last: it says that the evaluation has finished
+    write_file(run.folder / "eval.json", lambda file: file.write(f"{text}\n".encode()))
     print0(text)
 
 
@@ -881,6 +895,7 @@ def open_run(args):
     return Run(folder, cfg, saved["seed"], actions, saved["preset"], overrides, args.device)
 
 
+@in_one_line()
 def main(arguments=None):
     args = flags.parse(arguments, __doc__, PRESETS, TrainConfig)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -924,8 +939,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        # a full disk while logging, for example
-        fail(error)
+    main()

@@ -9,6 +9,7 @@ differences of a few tenths of a decibel mean nothing.
 """
 import argparse
 import csv
+import json
 import sys
 import time
 from pathlib import Path
@@ -111,7 +112,8 @@ def measure(run, data, name, steps):
             e["actions"] = np.full_like(e["actions"], -1)
     run.seed_phase("dynamics")
     model = cls(cfg)
-    loop = train.Loop(run, "dynamics", "ablation.pt", model, steps, cfg.dynamics_lr)
+    run.folder = run.folder / "ablation"
+    loop = train.Loop(run, "dynamics", model, cfg.dynamics_lr)
     dreamer4.ramp_weight = weight or ramp
     for step in loop:
         B, T = cfg.sequence_shapes(step)
@@ -154,7 +156,7 @@ def main():
     for name in [name for name in VARIANTS if (args.only or "") in name]:
         state = train.load_checkpoint(args.run / "tokenizer.pt")
         cfg = train.TrainConfig(**state["config"])
-        run = AblationRun(args.run, cfg, state["seed"], None)
+        run = AblationRun(args.run, cfg, state["seed"], json.loads(state["actions"]))
         data = train.Data(cfg, args.run / "data")
         for row in measure(run, data, name, args.steps):
             print(row, flush=True)

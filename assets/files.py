@@ -6,18 +6,16 @@ two steps.
 """
 import contextlib
 import datetime
+import json
+import math
 import os
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-
-# Version of the checkpoint files
-FORMAT = 1
 # Signals received so far
 STOP = []
 
@@ -26,6 +24,25 @@ def fail(message):
     """Ends the program with one line: what is wrong, where, and what to do."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def in_one_line():
+    """Ends the program with one line where memory or a disk is full, whatever it was doing."""
+    try:
+        yield
+    except OSError as error:
+        # a full disk while logging, for example
+        fail(error)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        # torch on CPUs and NumPy have no class of their own for it
+        signs = ("allocate", "out of memory", "Storage size", "array is too big", "Maximum allowed")
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_memory and not any(sign in str(error) for sign in signs):
+            raise
+        fail("not enough memory for these settings; make --batch_size, --tokenizer_batch, "
+             "--rollouts, --envs, --image_size or --width smaller, or --memory_gb, or give "
+             f"--checkpointing true ({' '.join(str(error).split())[:100]})")
 
 
 def check_stop(stop=STOP):
@@ -61,6 +78,13 @@ def print0(text):
     """Prints on the main process only."""
     if is_main_process():
         print(text, flush=True)
+
+
+def to_json(numbers):
+    """A line of JSON, which knows neither NaN nor infinity: null stands for what is unknown."""
+    finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x
+              for name, x in numbers.items()}
+    return json.dumps(finite, allow_nan=False)
 
 
 def write_file(path, write):
@@ -112,24 +136,3 @@ def load_episode(path, cfg):
     if T == 0 or not np.isfinite(episode["rewards"]).all():
         fail(f"episode file {path}: rewards are missing or not finite; delete it or make it again")
     return episode
-
-
-def load_checkpoint(path):
-    """Reads a checkpoint: tensors and plain values only."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch does not look at the checksums
-            if name := archive.testzip():
-                raise ValueError(f"checksum of {name}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"checkpoint {path} does not exist; train it first, or give another --checkpoint")
-    except Exception as error:
-        # torch raises many kinds of errors on damaged files
-        reason = " ".join(str(error).split())[:200]
-        fail(f"checkpoint {path} is damaged or no checkpoint ({reason}); restore it from a copy or "
-             "delete it and train that phase again")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        fail(f"checkpoint {path} is of another version (this code reads format {FORMAT}); "
-             "train it again")
-    return state

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import torch
 
-from assets.files import fail, load_checkpoint
+from assets.checkpoints import load_checkpoint
+from assets.files import fail
 from assets.run import PHASES
 from dreamer4 import Config
+
+
+# Every seed has its own seeds of the environment (train.SEEDS_PER_RUN)
+MAX_SEED = 9998
 
 
 def flag_type(field):
@@ -49,7 +54,7 @@ def parse(arguments, description, presets, config):
     add("--preset", choices=presets, help="default: gpu where CUDA is there, else cpu")
     add("--run", help="folder of this run, default runs/default; with --checkpoint its folder, or "
         "runs/NAME where that is no run")
-    add("--seed", type=int, help="training seed, default 0")
+    add("--seed", type=int, help=f"training seed, default 0 [0 ... {MAX_SEED}]")
     add("--checkpoint", help="agent.pt to evaluate, dream with or play")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="where to train; auto: cuda where it is there, else cpu")
@@ -65,16 +70,21 @@ def parse(arguments, description, presets, config):
         comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
         for field in fields(cls):
             if field.name in comments:
-                group.add_argument(
-                    f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS,
-                    metavar="X", help=comments[field.name].replace("%", "%%"))
+                text = comments[field.name].replace("%", "%%")
+                if bounds := config.range_of(field):
+                    text += " [{:g} ... {:g}]".format(*bounds)
+                group.add_argument(f"--{field.name}", type=flag_type(field), metavar="X",
+                                   default=argparse.SUPPRESS, help=text)
     args = parser.parse_args(arguments)
     if args.length < 5:
         fail("--length must be at least 5: four frames are context")
     if args.record and Path(args.record).suffix not in (".gif", ".mp4"):
         fail(f"--record {args.record}: the name of a video ends in .gif or .mp4")
-    if args.seed is not None and args.seed < 0:
-        fail("--seed must not be negative")
+    if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
+        fail(f"--seed {args.seed} must lie in 0 ... {MAX_SEED}")
+    for name, value in vars(args).items():
+        if "\0" in str(value):
+            fail(f"--{name}: a NUL byte cannot be in it")
     return args
 
 

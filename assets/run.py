@@ -11,12 +11,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from assets.files import fail, is_main_process, load_checkpoint, print0, write_file
+from assets.checkpoints import load_checkpoint
+from assets.files import fail, is_main_process, print0, to_json, write_file
 from dreamer4 import Config, frozen
 
 # In the order of time; a checkpoint carries the name of its phase
 PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination",
           "evaluate", "dream", "play", "bench", "all")
+FILES = {"tokenizer": "tokenizer.pt", "dynamics": "dynamics.pt", "agent": "agent.pt",
+         "imagination": "agent.pt"}
 # Fields of Config that may change between phases; the others are the architecture
 TUNABLE = {"mask_max", "shortcut_every", "separate_images", "checkpointing", "context_share",
            "unimix", "gamma", "lam", "alpha", "beta"}
@@ -71,7 +74,7 @@ class Run:
         text = json.dumps(settings, indent=1).encode()
         write_file(self.folder / "config.json", lambda file: file.write(text))
 
-    def load(self, name, phase=None, steps=0):
+    def load(self, name, phase=None):
         """The checkpoint; None where there is none, unless `phase` must have finished in it.
 
         The run takes its architecture from there.
@@ -79,8 +82,11 @@ class Run:
         path, state = self.folder / name, None
         if path.exists():
             state = load_checkpoint(path)
+            if name != FILES[state["phase"]]:
+                fail(f"{path} is a checkpoint of the {state['phase']} phase; it belongs into "
+                     f"{FILES[state['phase']]}")
             self.take_architecture(state, path)
-        unfinished = state and state["phase"] == phase and state["step"] < steps
+        unfinished = state and state["phase"] == phase and state["step"] < self.steps(phase)
         if phase and (state is None or unfinished):
             fail(f"{path} is {'not finished' if state else 'missing'}; run first: "
                  f"python train.py --phase {phase} --run {self.folder}")
@@ -101,13 +107,17 @@ class Run:
         for name in architecture:
             setattr(cfg, name, saved[name])
 
-    def is_finished(self, phase, state, steps, picture=None):
+    def steps(self, phase):
+        """How many steps a phase trains for."""
+        return getattr(self.cfg, f"{phase}_steps")
+
+    def is_finished(self, phase, state):
         """Whether a checkpoint (or None) has this round's phase behind it, picture included."""
         if state is None:
             return False
         here = (self.round, PHASES.index(phase))
         there = (state["round"], PHASES.index(state["phase"]))
-        complete = state["step"] >= steps and (picture is None or picture.exists())
+        complete = state["step"] >= self.steps(phase) and state["finished"]
         if there > here or there == here and complete:
             print0(f"[{phase}] finished before")
             return True
@@ -118,7 +128,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             row = {"phase": phase, "round": self.round, **numbers}
             with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(to_json(row) + "\n")
 
     def autocast(self):
         enabled = self.dtype != torch.float32

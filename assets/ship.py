@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from assets.files import load_checkpoint, write_file
+from assets.checkpoints import load_checkpoint
+from assets.files import write_file
 
 NEEDED = ("format", "phase", "seed", "round", "step", "config", "actions", "tokenizer", "ema",
           "heads")
