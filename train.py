@@ -35,7 +35,7 @@ import torch.nn as nn
 from assets import bench, flags, measures, worlds
 from assets.checkpoints import FORMAT, load_checkpoint
 from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
-                          is_main_process, load_episode, print0, to_json, write_file)
+                          is_main_process, limit_memory, load_episode, print0, to_json, write_file)
 from assets.play import Player, serve
 from assets.run import FILES, Run
 from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
@@ -457,7 +457,7 @@ class Loop:
         self.first_step, self.metrics = 0, {}
         if state and (state["round"], state["phase"]) == (run.round, phase):
             try:
-                for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)
             except (KeyError, TypeError, ValueError) as error:
                 fail(f"{self.path} cannot be trained on: its optimizers are missing or damaged "
@@ -897,6 +897,7 @@ def open_run(args):
 
 @in_one_line()
 def main(arguments=None):
+    limit_memory()
     args = flags.parse(arguments, __doc__, PRESETS, TrainConfig)
     for number in (signal.SIGTERM, signal.SIGINT):
         # noted here, looked at between two steps; a second one changes nothing

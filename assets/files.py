@@ -45,6 +45,20 @@ def in_one_line():
              f"--checkpointing true ({' '.join(str(error).split())[:100]})")
 
 
+def limit_memory():
+    """On Linux: what the machine's memory cannot hold becomes an error that in_one_line() ends.
+
+    Otherwise the kernel would kill a process, this one or another, without a word.
+    """
+    # CUDA maps more than it uses
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        import resource
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if hard == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * whole), hard))
+
+
 def check_stop(stop=STOP):
     """Ends the program after a signal. stop: what several processes agreed on, in its place."""
     if stop:

@@ -24,6 +24,8 @@ from torch.testing import assert_close
 
 import train
 from assets import flags
+from assets.checkpoints import load_checkpoint
+from assets.files import in_one_line
 from dreamer4 import Agent, Dynamics, Tokenizer, frozen
 # the fixtures among these work in a file that imports them
 from test_dreamer4 import (ALL, README, Ticker, as_flags, config, contents, copied,
@@ -134,10 +136,12 @@ def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file
 
     first, second = (frozen(Tokenizer(config(image_size=(8, 8)))) for _ in range(2))
     assert [count(tokenizer) for tokenizer in (first, first, second, first)] == [3, 0, 3, 0]
-    files = sorted(tmp_path.glob("latents*/001.npy"))
-    for file, damaged in zip(files, (b"", files[0].read_bytes()[:-9])):
-        file.write_bytes(damaged)
-    assert [count(tokenizer) for tokenizer in (first, second, first, second)] == [1, 1, 0, 0]
+    for file in tmp_path.glob("latents*/001.npz"):
+        whole = file.read_bytes()
+        # one byte anywhere among the latents is enough
+        for damaged in (b"", whole[:-9], flipped(whole), flipped(whole, 400)):
+            file.write_bytes(damaged)
+            assert count(first) + count(second) == 1
     # times of files are not finer than that
     time.sleep(0.02)
     write_episodes(folder, [9] * 2, frames=np.full((9, 8, 8, 3), 50, np.uint8))
@@ -465,14 +469,95 @@ def refused(capsys, folder, text, *words):
 @pytest.mark.parametrize("flag", re.split(r",\s+", """--bogus 3, --phase train, --preset huge,
     --batch_size many, --compile maybe, --image_size wide, --image_size 64, --width 30, --patch 0,
     --k_max 6, --episodes 0, --hold 0, --action_bins 1, --action_repeat 0, --long_every 0,
-    --updates 0, --batch_size 0, --horizon 0, --envs 0, --seed -1, --recent_share 2,
+    --updates 0, --batch_size 0, --horizon 0, --envs 0, --seed -1, --seed 9999, --recent_share 2,
+    --gamma nan, --weight_decay -1, --temperature inf, --device cuda, --device gpu,
     --tokenizer_lr -1, --env Nothing-v0, --env CarRacing-v99"""))
 def test_a_bad_flag_is_named(tmp_path, capsys, flag):
     refused(capsys, tmp_path / "run", flag, flag.split()[0].strip("-"))
 
 
+def outside(field):
+    """Values that a field of the settings must not have."""
+    bounds = train.TrainConfig.range_of(field)
+    if not bounds:
+        return [3]
+    low, high = bounds
+    return [low - 1, high * 2 + 1, math.nan, math.inf, -math.inf, "1", None, True]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(train.TrainConfig), ids=lambda f: f.name)
+def test_every_setting_has_a_type_and_a_range(field):
+    good = getattr(train.TrainConfig(), field.name)
+    for value in outside(field):
+        value = (value, 8) if isinstance(good, tuple) else value
+        with pytest.raises(ValueError, match=f"{field.name} is .* but must be "):
+            train.TrainConfig(**{field.name: value})
+
+
+def test_the_help_shows_every_range(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    for name, bounds in {"gamma": "[0 ... 1]", "registers": "[0 ... 100]",
+                         "seed": "[0 ... 9998]"}.items():
+        [line] = [line for line in text.splitlines() if line.startswith(f"  --{name} ")]
+        assert line.endswith(bounds)
+
+
+@pytest.mark.parametrize("text", [
+    "--image_size 1000000x1000000",
+    "--collect_episodes 1000000000", "--envs 1000000000", "--batch_size 1000000000",
+    "--rollouts 1000000000", "--k_max 1099511627776", "--hold 100000000000000000000"])
+def test_what_memory_cannot_hold_ends_in_one_line_and_leaves_nothing(tmp_path, capsys, text):
+    name = text.split()[0].strip("-")
+    refused(capsys, tmp_path / "run", text, "memory" if name == "image_size" else name)
+    assert not (tmp_path / "run").exists()
+
+
+def out_of_memory_of_numpy():
+    np.empty((10 ** 6, 10 ** 6, 10 ** 3))
+
+
+def out_of_memory_of_torch():
+    torch.empty(10 ** 6, 10 ** 6, 10 ** 3)
+
+
+def too_large_for_numpy():
+    np.empty((10 ** 9, 10 ** 9, 10 ** 9))
+
+
+def too_large_for_torch():
+    torch.empty(10 ** 9, 10 ** 9, 10 ** 9)
+
+
+def out_of_memory_of_cuda():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("work", [
+    out_of_memory_of_numpy, out_of_memory_of_torch, too_large_for_numpy, too_large_for_torch,
+    out_of_memory_of_cuda])
+def test_full_memory_ends_in_one_line_and_other_errors_stay_what_they_are(capsys, work):
+    error(capsys, in_one_line()(work), "not enough memory", "--batch_size")
+
+    def broken():
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        in_one_line()(broken)()
+
+
+def test_seeds_of_collection_and_evaluation_never_meet():
+    last = flags.MAX_SEED * train.SEEDS_PER_RUN + train.SEEDS_PER_RUN - 1
+    # four are played for contexts
+    assert last < train.EVALUATION_SEEDS - 4 and len(str(last)) <= 10
+    with pytest.raises(ValueError, match="collect_episodes and round_episodes"):
+        train.TrainConfig(collect_episodes=60_000, round_episodes=40_000, rounds=2)
+
+
 @pytest.mark.parametrize("text, word", [
-    ("--k 0", "k must"), ("--k 3", "k must"), ("--k 16", "k must"),
+    ("--k 0", "k is 0"), ("--k 3", "k must"), ("--k 16", "k must"),
     ("--phase dream --record dream.avi", "--record"),
     ("--phase tokenizer", "--phase collect"), ("--phase dynamics", "--phase tokenizer"),
     ("--phase agent", "--phase tokenizer"), ("--phase imagination", "--phase agent"),
@@ -591,6 +676,87 @@ def test_a_bad_checkpoint_is_named_and_left_alone(copied, capsys, name, phase, d
     before = contents(copied)
     error(capsys, lambda: main("--phase", phase, "--run", copied), name)
     assert contents(copied) == before
+
+
+def edit_config(**changes):
+    def edit(state):
+        state["config"] |= changes
+    return edit
+
+
+def edit_entry(name, value):
+    def edit(state):
+        state[name] = value
+    return edit
+
+
+def remove(name):
+    def edit(state):
+        del state[name]
+    return edit
+
+
+def lose_a_weight(state):
+    state["ema"].popitem()
+
+
+def change_a_shape(state):
+    name, x = state["ema"].popitem()
+    state["ema"][name] = x[None]
+
+
+@pytest.mark.parametrize("edit", [
+    remove("config"), remove("ema"), remove("seed"), remove("actions"), remove("phase"),
+    edit_config(width=64, tokenizer_width=64), edit_config(width="wide"), edit_config(latents=16),
+    edit_config(action_spec=(5, 6)), edit_config(gamma=float("nan")), edit_entry("config", [1]),
+    edit_entry("ema", {}), edit_entry("ema", 3), edit_entry("ema", {"x": 3}),
+    edit_entry("actions", "{}"), edit_entry("actions", "{"), edit_entry("round", -1),
+    edit_entry("step", "many"), edit_entry("phase", "sleep"), lose_a_weight, change_a_shape])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_whose_contents_do_not_fit_together_is_named(
+        finished, tmp_path, capsys, name, edit):
+    state = load(finished, name)
+    edit(state)
+    torch.save(state, tmp_path / name)
+    error(capsys, lambda: load_checkpoint(tmp_path / name), name, "do not fit together")
+
+
+@pytest.mark.parametrize("entry", ["heads", "tokenizer"])
+def test_an_agent_without_its_parts_is_named(finished, tmp_path, capsys, entry):
+    state = load(finished, "agent.pt")
+    del state[entry]
+    torch.save(state, tmp_path / "agent.pt")
+    dream = ("--phase", "dream", "--checkpoint", tmp_path / "agent.pt")
+    error(capsys, lambda: main(*dream), "agent.pt", "do not fit together", entry)
+
+
+@pytest.mark.parametrize("optimizers", [None, [], [{}], [{"state": {}, "param_groups": []}] * 2])
+def test_a_checkpoint_without_its_optimizers_is_not_trained_on(copied, capsys, optimizers):
+    state = load(copied, "agent.pt")
+    state["optimizers"] = optimizers
+    if optimizers is None:
+        # as assets/ship.py leaves it
+        del state["optimizers"]
+    torch.save(state, copied / "agent.pt")
+    more = ("--phase", "imagination", "--run", copied, "--imagination_steps", 9)
+    error(capsys, lambda: main(*more), "agent.pt", "optimizers")
+
+
+@pytest.mark.parametrize("name, other", [("tokenizer.pt", "dynamics.pt"),
+                                         ("dynamics.pt", "tokenizer.pt"),
+                                         ("agent.pt", "tokenizer.pt")])
+def test_a_checkpoint_in_the_place_of_another_is_named(copied, capsys, name, other):
+    shutil.copy(copied / other, copied / name)
+    phase = name.removesuffix(".pt")
+    error(capsys, lambda: main("--phase", phase, "--run", copied), name, other[:-3])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_no_checkpoint(tmp_path, capsys, make):
+    make(tmp_path / "agent.pt")
+    for flag in ("--checkpoint", "--policy"):
+        collect = ("--phase", "collect", "--preset", "tiny", "--run", tmp_path / "run")
+        error(capsys, lambda: main(*collect, flag, tmp_path / "agent.pt"), "agent.pt", "no file")
 
 
 @contextlib.contextmanager
