@@ -273,10 +273,9 @@ class Transformer(nn.Module):
             for layer in (block.attn_out, block.mlp_out):
                 nn.init.normal_(layer.weight, std=(2 * depth * layer.in_features) ** -0.5)
 
-    def forward(self, x, cache=None, write=True, separate=None):
+    def forward(self, x, cache=None, write=False, separate=None):
         """x (B, T, S, D) -> the same shape. cache: the stream that the frames of x continue (None:
-        they start one); write=False looks at it without joining it, as passes over half-denoised
-        frames must. separate (B,) bool: sequences whose frames see no past."""
+        they start one); write: they join it, as half-denoised frames must not. separate (B,) bool: sequences whose frames see no past."""
         B, T, S, D = x.shape
         start = 0 if cache is None else cache.frames
         query_pos = torch.arange(start, start + T, device=x.device)
@@ -409,7 +408,7 @@ class Tokenizer(nn.Module):
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = x + self.patch_pos.to(x.dtype)
         latents = self.latent_tokens.to(x.dtype).expand(B, T, N, D)
-        x = self.encoder(torch.cat((x, latents), 2), cache)  # (B, T, P + N, D)
+        x = self.encoder(torch.cat((x, latents), 2), cache, write=True)  # (B, T, P + N, D)
         return torch.tanh(self.to_latent(x[:, :, -N:]).float())
 
     def reconstruct(self, latents, cache=None):
@@ -418,7 +417,7 @@ class Tokenizer(nn.Module):
         x = self.from_latent(latents.to(self.mask_token.dtype))  # (B, T, N, D)
         x = x + self.latent_pos.to(x.dtype)
         queries = self.queries.to(x.dtype).expand(B, T, -1, -1)
-        x = self.decoder(torch.cat((x, queries), 2), cache)  # (B, T, N + P, D)
+        x = self.decoder(torch.cat((x, queries), 2), cache, write=True)  # (B, T, N + P, D)
         patches = self.patch_out(self.out_norm(x[:, :, N:])).float()
         return self.unpatchify((patches + 1) / 2)
 

@@ -20,6 +20,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 import zlib
@@ -37,13 +38,13 @@ from assets.checkpoints import FORMAT, load_checkpoint
 from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
                           is_main_process, limit_memory, load_episode, print0, to_json, write_file)
 from assets.play import Player, serve
-from assets.run import FILES, Run
+from assets.run import FILES
 from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
                            write_video)
 from assets.worlds import action_sizes, describe_actions, to_action
 from dreamer4 import Agent, Block, Cache, Config, Dream, Dynamics, Tokenizer, frozen, imagine
 
-# Seeds of the environment: in collection from --seed times the first, in evaluation from the second
+# Seeds of the environment: run s collects with s * SEEDS_PER_RUN + i, and evaluates beyond all that
 SEEDS_PER_RUN = 100_000
 EVALUATION_SEEDS = (flags.MAX_SEED + 2) * SEEDS_PER_RUN
 
@@ -57,7 +58,7 @@ class TrainConfig(Config):
     env: str = "CarRacing-v3"       # Gymnasium id with image observations or rgb_array rendering
     env_kwargs: str = "{}"          # JSON: arguments of the environment, '{"continuous": false}'
     action_bins: int = 5            # bins of a continuous action dimension, both ends included
-    action_repeat: int = 4          # environment steps per agent step
+    action_repeat: int = 4          # environment steps per agent step (1 but for CarRacing)
     episode_frames: int = 1000      # longest episode in agent steps
     envs: int = 8                   # environments played side by side, each in its own process
     collect_episodes: int = 240     # episodes of random interaction
@@ -69,7 +70,7 @@ class TrainConfig(Config):
     batch_size: int = 32            # sequences per training step, over all processes
     short_length: int = 16          # frames of a short training sequence, T1
     long_length: int = 32           # frames of a long one, T2: longer than the context C
-    long_every: int = 4             # every n-th batch is long (and smaller: the same frames)
+    long_every: int = 4             # every n-th batch is long (of about as many frames)
     rewarded_share: float = 0.3     # share of sequences around a reward (agent phase, contexts)
     recent_share: float = 0.5       # later rounds: share of sequences from the newest episodes
     memory_gb: float = 8.0          # frames held in memory per process; others stay on disk
@@ -106,12 +107,13 @@ class TrainConfig(Config):
         super().__post_init__()
         if self.k & (self.k - 1) or self.k > self.k_max:
             raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
-        if self.collect_episodes + (self.rounds - 1) * self.round_episodes >= SEEDS_PER_RUN:
+        if self.collect_episodes + (self.rounds - 1) * self.round_episodes > SEEDS_PER_RUN // 2:
             raise ValueError("config: collect_episodes and round_episodes are too many, of all "
-                             f"rounds together {SEEDS_PER_RUN} or more")
+                             f"rounds together more than {SEEDS_PER_RUN // 2}")
 
     def sequence_shapes(self, step):
-        """(B, T) of a step: mostly short sequences, every n-th batch long, of as many frames."""
+        """(B, T) of a step: mostly short sequences, every n-th batch long, of about as many frames.
+        """
         if step % self.long_every:
             return self.batch_size, self.short_length
         count = self.batch_size * self.short_length // self.long_length
@@ -149,11 +151,12 @@ PRESETS = {
 # --------------------------------------------------------------------------------------------------
 # Environment and policies: frames in, category indices out
 
-def make_env(cfg):
-    """The bare environment of --env."""
-    if not cfg.env:
-        fail("this run learns from recorded data and has no environment; give --env")
-    return worlds.make(cfg.env, cfg.env_kwargs, cfg.action_bins)
+class Spaces(gym.Env):
+    """What PixelEnv shows and takes, without an environment."""
+
+    def __init__(self, cfg):
+        self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
+        self.action_space = gym.spaces.MultiDiscrete(cfg.action_spec)
 
 
 class PixelEnv(gym.Wrapper):
@@ -164,7 +167,7 @@ class PixelEnv(gym.Wrapper):
     """
 
     def __init__(self, cfg):
-        bare = make_env(cfg)
+        bare = worlds.make(cfg.env, cfg.env_kwargs, cfg.action_bins)
         env = gym.wrappers.RepeatAction(bare, cfg.action_repeat)
         super().__init__(gym.wrappers.TimeLimit(env, cfg.episode_frames - 1))
         if multiprocessing.parent_process():
@@ -174,11 +177,8 @@ class PixelEnv(gym.Wrapper):
         self.image_size = cfg.image_size
         self.description = describe_actions(bare.action_space, cfg.action_bins)
         self.action_space = gym.spaces.MultiDiscrete(action_sizes(self.description))
-        seen = bare.observation_space
-        is_image = (isinstance(seen, gym.spaces.Box) and seen.dtype == np.uint8
-                    and seen.shape[2:] == (3,))
         self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
-        self.draw = None if is_image else bare.render
+        self.draw = None if worlds.is_picture(bare.observation_space) else bare.render
 
     def frame(self, observation):
         if self.draw:
@@ -264,11 +264,19 @@ def play(cfg, policy, seeds, done=()):
     """Plays one episode per seed, cfg.envs at a time; yields (seed, episode).
 
     Episodes are the arrays of an episode file; those of agents also have "values" (T,), what the
-    value head expected at every frame. Episodes that would be played together are left out if all
-    their seeds are among `done`.
+    value head expected at every frame. Those whose seed is in `done` are left out. Episodes played
+    side by side share random numbers: they are played together again if one is missing.
     """
     seeds, count = list(seeds), min(cfg.envs, len(seeds))
-    make = functools.partial(PixelEnv, cfg)
+    if not cfg.env:
+        fail("this run learns from recorded data and has no environment; give --env")
+    # what cannot be played ends in one line here, in as many as there are workers there
+    worlds.look_from_afar(cfg.env, cfg.env_kwargs, cfg.action_bins)
+
+    def make():
+        # workers make environments; this process, which they are forked from, but says their spaces
+        return PixelEnv(cfg) if multiprocessing.parent_process() else Spaces(cfg)
+
     envs = gym.vector.AsyncVectorEnv([make] * count, autoreset_mode="Disabled")
     with contextlib.closing(envs):
         for start in range(0, len(seeds), count):
@@ -291,9 +299,12 @@ def play(cfg, policy, seeds, done=()):
                 terminal |= terminated
                 lengths[(terminated | truncated) & (lengths == 0)] = len(frames)
             for i, seed in enumerate(seeds[start:start + count]):
+                if seed in done:
+                    continue
                 rows = {"frames": (frames, np.uint8), "actions": (actions, np.int16),
                         "rewards": (rewards, np.float32)}
                 if hasattr(policy, "values"):
+                    # nobody acts at the last frame: the value of the one before stands in
                     rows["values"] = (policy.values + policy.values[-1:], np.float32)
                 episode = {"terminal": np.array(terminal[i])}
                 for name, (steps, dtype) in rows.items():
@@ -331,9 +342,6 @@ class Data:
         rewards = np.concatenate([e["rewards"][1:] for e in self.train])
         # in many tasks every step costs a little: what differs from that is news
         self.usual_reward = float(np.median(rewards))
-        self.reward_share = float(self.is_unusual(rewards).mean())
-        self.reward_std = float(rewards.std())
-        self.nonzero_share = float((rewards != 0).mean())
 
     def is_unusual(self, rewards):
         return np.abs(rewards - self.usual_reward) > 1e-3
@@ -362,14 +370,19 @@ class Data:
                 count += T
                 if is_main_process():
                     write_file(cached, functools.partial(np.savez, latents=latents))
+        if is_main_process():
+            # nobody needs those of the tokenizer before
+            for old in set(folder.parent.glob("latents-*")) - {folder}:
+                shutil.rmtree(old)
         if count:
             print0(f"encoded {count} frames at {count / (time.time() - start):.0f} frames/s")
 
     def sample(self, rng, B, T, names, rewarded_share=0.0):
         """B random windows of T frames of training episodes -> arrays (B, T, ...), and continues.
 
-        A rewarded_share of them contains a frame whose reward is unusual. In later rounds a
-        recent_share comes from the newest episodes, besides those that chance takes from there.
+        With probability rewarded_share a window is moved over a frame whose reward is unusual, if
+        its episode has one. In later rounds a recent_share comes from the newest episodes, besides
+        those that chance takes from there.
         """
         episodes = [e for e in self.train if len(e["rewards"]) >= T]
         if not episodes:
@@ -484,9 +497,9 @@ class Loop:
             save = time.time() - self.save_time > self.run.cfg.save_seconds
             if self.run.world_size > 1:
                 # all processes stop and save together
-                flags = torch.tensor([stop, save], device=self.run.device)
-                dist.all_reduce(flags, dist.ReduceOp.MAX)
-                stop, save = flags.tolist()
+                votes = torch.tensor([stop, save], device=self.run.device)
+                dist.all_reduce(votes, dist.ReduceOp.MAX)
+                stop, save = votes.tolist()
             if stop or save:
                 self.save()
             check_stop(stop)
@@ -529,7 +542,7 @@ class Loop:
                 group["lr"] = lr * 2 if isinstance(optimizer, torch.optim.Muon) else lr
             optimizer.step()
         if self.ema is not None:
-            # at first the average is over few steps, not over the initial weights
+            # over few steps at first: it soon forgets the weights that the round began with
             decay = min(self.run.cfg.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(
@@ -564,22 +577,23 @@ class Loop:
 # --------------------------------------------------------------------------------------------------
 # The phases
 
-def collect(run, policy_file=None):
-    """Real episodes -> data/*.npz. Round 0 acts randomly, later ones (or --policy) by a policy."""
+def collect(run, policy_file=None, first=None, wanted=None):
+    """Real episodes -> data/*.npz. Round 0 acts randomly, later ones by a policy.
+
+    first, wanted: numbers of the episodes, where they are not those of the round.
+    """
     cfg = run.cfg
-    wanted = cfg.round_episodes if policy_file else cfg.collect_episodes
-    first = 0
-    if run.round:
-        first = cfg.collect_episodes + (run.round - 1) * cfg.round_episodes
-    elif policy_file:
-        # --policy by hand: append after whatever is there
-        first = len(list(run.folder.glob("data/*.npz")))
+    if first is None:
+        first = cfg.collect_episodes + (run.round - 1) * cfg.round_episodes if run.round else 0
+        wanted = cfg.round_episodes if run.round else cfg.collect_episodes
+    # one process collects, the others wait
+    if not is_main_process():
+        return
     seeds = [run.seed * SEEDS_PER_RUN + i for i in range(first, first + wanted)]
     paths = {seed: run.folder / "data" / f"{seed:010d}.npz" for seed in seeds}
     done = {seed for seed, path in paths.items() if path.exists()}
-    # one process collects, the others wait
-    if len(done) == wanted or not is_main_process():
-        print0(f"[collect] finished before: the {wanted} episodes of round {run.round} are there")
+    if len(done) == wanted:
+        print0(f"[collect] finished before: the {wanted} episodes are there")
         return
     seed = run.seed * 1000 + run.round
     policy = RandomPolicy(cfg, seed)
@@ -588,13 +602,15 @@ def collect(run, policy_file=None):
         policy = AgentPolicy(tokenizer, agent, cfg, seed, cfg.policy_random)
     start, frames, returns = time.time(), 0, []
     for seed, episode in play(cfg, policy, seeds, done):
-        if seed in done:
-            continue
+        shown = episode["frames"]
+        if not policy_file and len(shown) > 8 and (shown == shown[0]).all():
+            fail(f"--env {cfg.env} shows the same picture in all {len(shown)} frames of an episode "
+                 "of random actions; is it black? Look at what it draws")
         if not returns:
             run.save_config()
         episode.pop("values", None)
         write_file(paths[seed], functools.partial(np.savez_compressed, **episode))
-        frames += len(episode["frames"])
+        frames += len(shown)
         returns.append(float(episode["rewards"].sum()))
         if len(returns) % cfg.envs == 0 or len(returns) + len(done) == wanted:
             rate = frames / (time.time() - start)
@@ -654,8 +670,8 @@ def train_dynamics(run):
         with run.autocast():
             loss, metrics = loop.model_in_ddp(batch["latents"].float(), batch["actions"], batch)
         loop.update(loss, metrics, B * T)
-    dream = Dream(run.for_inference(loop.ema), k=cfg.k)
-    write_dream(video, tokenizer, dream, data.held_out, run.seed)
+    world = Dream(run.for_inference(loop.ema), k=cfg.k)
+    write_dream(video, tokenizer, world, data.held_out, run.seed)
     print0(f"[dynamics] dream beside the truth: {video}")
     loop.save(finished=True)
 
@@ -677,7 +693,7 @@ def train_agent(run):
     if not state:
         world = run.load("dynamics.pt", "dynamics")
         model.dynamics.load_state_dict(world["ema"])
-    extra = {"tokenizer": tokenizer.state_dict()}
+    extra = {"tokenizer": run.load("tokenizer.pt")["ema"]}
     if state and "heads" in state:
         # of the round before: policy and value go on from there in imagination
         extra["heads"] = state["heads"]
@@ -693,11 +709,10 @@ def train_agent(run):
                 batch)
         loop.update(loss, metrics, B * T)
     agent = run.for_inference(loop.ema)
-    predicted, real = measures.predict_rewards(agent, data.held_out)
-    for line in measures.reward_health(data, predicted, real):
+    numbers, lines = measures.reward_health(agent, data)
+    for line in lines:
         print0(f"[agent] {line}")
-    run.log("agent", reward_corr=measures.correlation(predicted, real),
-            reward_share=data.reward_share)
+    run.log("agent", **numbers)
     write_dream(video, tokenizer, agent.dream(cfg.k), data.held_out, run.seed)
     loop.save(finished=True)
 
@@ -723,9 +738,10 @@ def train_imagination(run):
     if run.is_finished("imagination", run.load("agent.pt")):
         return
     state = run.load("agent.pt", "agent")
-    data = load_data(run)
-    data.encode(load_tokenizer(run), run.folder)
-    agent = Agent(cfg)
+    data, tokenizer, agent = load_data(run), Tokenizer(cfg), Agent(cfg)
+    # that of the agent's latents: tokenizer.pt may have been trained on
+    tokenizer.load_state_dict(state["tokenizer"])
+    data.encode(run.for_inference(tokenizer), run.folder)
     agent.load_state_dict(state["ema"])
     # Later rounds go on with policy and value of the round before, and with that policy as the
     # prior: a clone of all data would pull back to the random driving in it. A resumed phase finds
@@ -734,6 +750,7 @@ def train_imagination(run):
     agent.load_state_dict(begin, strict=False)
     agent = run.for_inference(agent)
     model = Imagination(agent)
+    # Loop loads the heads of a resumed phase; the prior, which Imagination copies here, stays.
     extra = {"prior": begin, **{name: state[name] for name in ("tokenizer", "model", "ema")}}
     loop = Loop(run, "imagination", model, cfg.policy_lr, state, ("heads",), extra)
     # a beginner learns from easier dreams
@@ -750,8 +767,9 @@ def train_imagination(run):
             # advantages mean something only when the value does
             policy_weight = float(step >= cfg.value_steps)
             loss, metrics = loop.model_in_ddp(rollout, policy_weight)
-            is_last = i + 1 == cfg.updates
-            loop.update(loss, metrics, cfg.rollouts * cfg.horizon if is_last else 0)
+            # counted once, with the last of them
+            frames = cfg.rollouts * cfg.horizon if i + 1 == cfg.updates else 0
+            loop.update(loss, metrics, frames)
     for line in measures.imagination_health(loop.metrics):
         print0(f"[imagination] {line}")
     loop.save(finished=True)
@@ -772,6 +790,7 @@ def run_all(run):
         train_imagination(run)
     result = run.folder / "eval.json"
     if result.exists() and result.stat().st_mtime > agent.stat().st_mtime:
+        print0("[evaluate] finished before; --phase evaluate does it again")
         return
     if is_main_process():
         dream(run, agent, 48, run.folder / "dream.gif")
@@ -831,16 +850,14 @@ def evaluate(run, path, video):
     seeds = [EVALUATION_SEEDS + run.seed * 1000 + i for i in range(cfg.eval_episodes)]
     results, rows = {}, ["policy,seed,return,length"]
     for name, policy in policies.items():
-        episodes, returns = [], []
+        episodes = []
         for seed, episode in play(cfg, policy, seeds):
             episodes.append(episode)
-            returns.append(episode["rewards"].sum())
-            rows.append(f"{name},{seed},{returns[-1]:.3f},{len(episode['frames']) - 1}")
-        returns = np.array(returns)
-        mean, count = float(returns.mean()), len(returns)
-        error = float(returns.std(ddof=min(1, count - 1)) / count ** 0.5)
+            total, steps = episode["rewards"].sum(), len(episode["frames"]) - 1
+            rows.append(f"{name},{seed},{total:.3f},{steps}")
+        mean, error = measures.mean_return(episodes)
         results |= {f"{name}_mean": mean, f"{name}_se": error}
-        print0(f"[evaluate] {name}: {mean:.1f} ± {error:.1f} over {count} episodes")
+        print0(f"[evaluate] {name}: {mean:.1f} ± {error:.1f} over {len(episodes)} episodes")
     # from here on `episodes` are those of the policy that was trained in dreams
     torch.manual_seed(run.seed)
     for episode in episodes:
@@ -876,25 +893,6 @@ def dream(run, path, length, video):
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-def open_run(args):
-    """The run that the command line names; its action space is that of its environment."""
-    folder, cfg, saved, overrides = flags.read_settings(args, PRESETS, TrainConfig)
-    actions = saved["actions"]
-    if "action_spec" in overrides:
-        # recorded data: no environment to ask, unless --env names it
-        cfg.env = overrides.get("env", "")
-        actions = describe_actions(gym.spaces.MultiDiscrete(cfg.action_spec), cfg.action_bins)
-    elif actions is None or {"env", "env_kwargs", "action_bins"} & set(overrides):
-        env = make_env(cfg)
-        actions = describe_actions(env.action_space, cfg.action_bins)
-        env.close()
-    cfg.action_spec = action_sizes(actions)
-    if not cfg.env:
-        # nobody collects more
-        cfg.rounds = 1
-    return Run(folder, cfg, saved["seed"], actions, saved["preset"], overrides, args.device)
-
-
 @in_one_line()
 def main(arguments=None):
     limit_memory()
@@ -910,8 +908,9 @@ def main(arguments=None):
         init_distributed(args.device)
     if args.preset == "paper" and args.phase == "bench":
         return bench.paper_sizes(TrainConfig(**PRESETS["paper"]))
-    start, run = time.time(), open_run(args)
+    start, run = time.time(), flags.open_run(args, PRESETS, TrainConfig)
     agent = Path(args.checkpoint or run.folder / "agent.pt")
+    # all have read config.json before the main process writes it
     barrier()
     if args.phase in ("agent", "imagination") and (run.folder / "agent.pt").exists():
         run.round = load_checkpoint(run.folder / "agent.pt")["round"]
@@ -920,7 +919,9 @@ def main(arguments=None):
     if args.phase in phases:
         phases[args.phase](run)
     elif args.phase == "collect":
-        collect(run, args.policy)
+        # by hand: beyond the episodes of all rounds
+        hand = (SEEDS_PER_RUN // 2, args.episodes or run.cfg.round_episodes)
+        collect(run, args.policy, *(hand if args.policy else ()))
     elif args.phase == "evaluate":
         evaluate(run, agent, args.record or run.folder / "policy.gif")
     elif args.phase == "dream":

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer4
 import train
 from assets.measures import psnr
+from assets.run import Run
 from assets.videos import decode, open_loop, random_windows
 
 
@@ -71,7 +72,7 @@ VARIANTS = {
 }
 
 
-class AblationRun(train.Run):
+class AblationRun(Run):
     """A run whose own files stay as they are."""
 
     def save_config(self):

@@ -13,6 +13,7 @@ import torch
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from assets.files import check_stop
 from dreamer4 import Agent, Cache, Dynamics, Tokenizer, imagine
 
 SIZES = {
@@ -118,6 +119,7 @@ def bench(run, compile_blocks, play, policy):
     print(f"[bench] matmul: {rates[torch.float32]} GFLOP/s in float32, "
           f"{rates[torch.bfloat16]} in bfloat16", flush=True)
     for name, frames, work, model in jobs(run):
+        check_stop()
         if model:
             results[f"{name.split('_')[0]}_parameters"] = parameters(model)
         with FlopCounterMode(display=False) as counter:

@@ -59,7 +59,9 @@ def check_contents(state):
     if action_sizes(actions) != config.action_spec:
         raise ValueError(f"actions of {action_sizes(actions)} categories, but an action_spec of "
                          f"{config.action_spec}")
-    to_action(actions, [0] * len(config.action_spec))
+    # recorded data knows nothing but the sizes
+    if "low" in actions:
+        to_action(actions, [0] * len(config.action_spec))
     # no memory, no time: only names and shapes
     with torch.device("meta"):
         model, tokenizer = MODELS[state["phase"]](config), Tokenizer(config)

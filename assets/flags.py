@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from assets import worlds
 from assets.checkpoints import load_checkpoint
-from assets.files import fail
-from assets.run import PHASES
+from assets.files import fail, print0
+from assets.run import PHASES, Run
 from dreamer4 import Config
 
 
@@ -88,6 +89,10 @@ def parse(arguments, description, presets, config):
     return args
 
 
+def default_preset():
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
 def run_folder(args):
     """--run, else the checkpoint's folder if that is a run, else a new one by its name."""
     if args.run:
@@ -117,18 +122,20 @@ def saved_settings(args, folder):
         fail(f"{path} is damaged ({error!r}); delete it and give the flags again")
 
 
-def read_settings(args, presets, config):
-    """Folder, settings (a config), what was saved there (a dict) and the names of the flags given.
+def open_run(args, presets, config):
+    """The run that the command line names, with its settings. Four rules:
 
-    Three rules:
     1. The settings are those of --checkpoint or of the run's config.json, else the preset's.
     2. Every flag overrides one; but not another --preset, and not the architecture of a checkpoint
        (run.Run.take_architecture).
-    3. --action_spec means recorded data: no environment, one round (train.open_run).
+    3. --action_spec means recorded data: no environment (unless --env names the one that it is
+       from), and one round, as nobody collects more.
+    4. A new run asks its environment: image_size keeps the proportions of the frames, and actions
+       are repeated as worlds.action_repeat says, unless a flag says otherwise.
     """
     folder = run_folder(args)
     saved = saved_settings(args, folder)
-    preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    preset, is_new = args.preset or default_preset(), not saved
     if args.preset and saved.get("preset", preset) != preset:
         fail(f"--preset {preset}, but {folder / 'config.json'} was made with {saved['preset']}; "
              "use another --run")
@@ -138,14 +145,33 @@ def read_settings(args, presets, config):
     names = {field.name for field in fields(config)}
     overrides = {name: value for name, value in vars(args).items() if name in names}
     if args.episodes is not None:
-        collected = "round_episodes" if args.policy else "collect_episodes"
-        counts = {"collect": [collected], "evaluate": ["eval_episodes"]}
+        # by hand, with --policy, collection leaves the settings of the rounds alone
+        collected = [] if args.policy else ["collect_episodes"]
+        counts = {"collect": collected, "evaluate": ["eval_episodes"]}
         every = ["collect_episodes", "round_episodes", "eval_episodes"]
         overrides |= dict.fromkeys(counts.get(args.phase, every), args.episodes)
+    actions = saved["actions"]
+    if "action_spec" in overrides:
+        actions = {"sizes": list(overrides["action_spec"])}
+        overrides.setdefault("env", "")
     try:
         cfg = config(**saved["config"] | overrides)
     except ValueError as error:
         fail(error)
     except TypeError as error:
         fail(f"{args.checkpoint or folder} has settings that this version does not know: {error}")
-    return folder, cfg, saved, overrides
+    if cfg.env and (actions is None or {"env", "env_kwargs", "action_bins"} & set(overrides)):
+        seen, native = worlds.look_from_afar(cfg.env, cfg.env_kwargs, cfg.action_bins)
+        if "action_spec" in overrides and (text := worlds.action_differences(actions, seen)):
+            fail(f"--action_spec is not that of {cfg.env}: {text}")
+        actions = seen
+        if is_new and "action_repeat" not in overrides:
+            cfg.action_repeat = worlds.action_repeat(cfg.env)
+        if is_new and "image_size" not in overrides:
+            cfg.image_size = worlds.proportional_size(native, cfg.image_size, cfg.patch)
+        if tuple(native) != cfg.image_size:
+            print0("frames are resized from {}x{} to {}x{}".format(*native, *cfg.image_size))
+    cfg.action_spec = worlds.action_sizes(actions)
+    if not cfg.env:
+        cfg.rounds = 1
+    return Run(folder, cfg, saved["seed"], actions, saved["preset"], overrides, args.device)

@@ -24,6 +24,13 @@ def correlation(a, b):
     return float(np.corrcoef(a, b)[0, 1])
 
 
+def mean_return(episodes):
+    """Mean of the episodes' returns, and its standard error."""
+    returns = np.array([episode["rewards"].sum() for episode in episodes])
+    count = len(returns)
+    return float(returns.mean()), float(returns.std(ddof=min(1, count - 1)) / count ** 0.5)
+
+
 @torch.no_grad()
 def predict_rewards(agent, episodes, chunk=32):
     """Streams whole episodes through the agent, `chunk` frames at a time.
@@ -44,14 +51,18 @@ def predict_rewards(agent, episodes, chunk=32):
     return np.concatenate(predicted), np.concatenate(real)
 
 
-def reward_health(data, predicted, real):
-    """The agent phase's health report, a list of lines. data: train.Data; the rest (n,) arrays."""
+def reward_health(agent, data):
+    """The agent phase's health report: a dict of numbers, and a list of lines. data: train.Data."""
+    rewards = np.concatenate([e["rewards"][1:] for e in data.train])
+    predicted, real = predict_rewards(agent, data.held_out)
+    share = float(data.is_unusual(rewards).mean())
+    numbers = {"reward_corr": correlation(predicted, real), "reward_share": share}
     lines = [
-        f"health: {data.nonzero_share:.1%} of the rewards are not zero, {data.reward_share:.1%} "
-        f"differ from the usual {data.usual_reward:.3g}, spread {data.reward_std:.3g}; predicted "
-        f"rewards on held-out episodes: spread {predicted.std():.3g}, "
-        f"correlation {correlation(predicted, real):.3f}"]
-    if data.reward_std < 1e-6:
+        f"health: {(rewards != 0).mean():.1%} of the rewards are not zero, {share:.1%} differ from "
+        f"the usual {data.usual_reward:.3g}, spread {rewards.std():.3g}; predicted rewards on "
+        f"held-out episodes: spread {predicted.std():.3g}, correlation "
+        f"{numbers['reward_corr']:.3f}"]
+    if rewards.std() < 1e-6:
         lines.append(
             "WARNING: all rewards are equal: the reward head has nothing to learn, and imagination "
             "will have no good or bad actions. Phases 2 and 3 then only clone behaviour; bring "
@@ -59,7 +70,7 @@ def reward_health(data, predicted, real):
     elif predicted.std() < 0.1 * max(real.std(), 1e-6):
         lines.append("WARNING: the reward head has collapsed to a constant; try more --agent_steps "
                      "or a larger --rewarded_share")
-    return lines
+    return numbers, lines
 
 
 def imagination_health(metrics):

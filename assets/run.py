@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from assets.checkpoints import load_checkpoint
 from assets.files import fail, is_main_process, print0, to_json, write_file
+from assets.worlds import action_differences
 from dreamer4 import Config, frozen
 
 # In the order of time; a checkpoint carries the name of its phase
@@ -100,10 +101,11 @@ class Run:
             if saved[name] != getattr(cfg, name):
                 fail(f"--{name} {getattr(cfg, name)} contradicts {path}, made with {saved[name]}; "
                      "drop the flag or use another --run")
-        if self.actions is not None and json.loads(state["actions"]) != self.actions:
-            fail(f"checkpoint {path} has another action space ({saved['action_spec']}) than "
-                 f"{cfg.env} ({cfg.action_spec}) with --action_bins {cfg.action_bins}; "
-                 "use another --run or --env")
+        actions = json.loads(state["actions"])
+        if self.actions and (differences := action_differences(actions, self.actions)):
+            fail(f"checkpoint {path} has another action space than {cfg.env or '--action_spec'} "
+                 f"({self.folder / 'config.json'}) with --action_bins {cfg.action_bins}: "
+                 f"{differences}; use another --run or --env")
         for name in architecture:
             setattr(cfg, name, saved[name])
 
@@ -138,7 +140,7 @@ class Run:
         """Seeds torch for a phase, or one step of it, whatever ran before; returns a NumPy rng.
 
         The numbers follow from (seed, phase, round, step) and are equal on all processes: so a
-        resumed run draws what it would have drawn.
+        resumed run draws what it would have drawn. A phase begins with the numbers of step 0.
         """
         numbers = (self.seed, PHASES.index(phase), self.round, *step)
         sequence = np.random.SeedSequence(numbers)

@@ -7,6 +7,7 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 
 import train
+from assets import worlds
 from assets.car_racing import CarRacing, steer_and_pedals
 from test_dreamer4 import error
 
@@ -20,11 +21,10 @@ def test_carracing_has_gas_and_brake_on_one_axis():
 
 
 def test_carracing_may_be_discrete(capsys):
-    env = train.make_env(train.TrainConfig(env_kwargs='{"continuous": false}'))
+    env = worlds.make("CarRacing-v3", '{"continuous": false}', 5)
     assert env.action_space == Discrete(5)
     for text in ("{", '{"bogus": 1}', "[1]"):
-        cfg = train.TrainConfig(env_kwargs=text)
-        error(capsys, lambda: train.make_env(cfg), "--env_kwargs")
+        error(capsys, lambda: worlds.make("CarRacing-v3", text, 5), "--env_kwargs")
 
 
 def test_only_frames_that_are_asked_for_are_drawn_and_pixel_for_pixel_the_environments_own(

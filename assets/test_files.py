@@ -15,17 +15,20 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Discrete
 from torch.distributed import run as torchrun
 from torch.testing import assert_close
 
 import train
-from assets import flags
+from assets import flags, measures
 from assets.checkpoints import load_checkpoint
 from assets.files import in_one_line
+from assets.run import FILES, Run
 from dreamer4 import Agent, Dynamics, Tokenizer, frozen
 # the fixtures among these work in a file that imports them
 from test_dreamer4 import (ALL, README, Ticker, as_flags, config, contents, copied,
@@ -135,13 +138,14 @@ def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file
         return len(encoded)
 
     first, second = (frozen(Tokenizer(config(image_size=(8, 8)))) for _ in range(2))
-    assert [count(tokenizer) for tokenizer in (first, first, second, first)] == [3, 0, 3, 0]
-    for file in tmp_path.glob("latents*/001.npz"):
-        whole = file.read_bytes()
-        # one byte anywhere among the latents is enough
-        for damaged in (b"", whole[:-9], flipped(whole), flipped(whole, 400)):
-            file.write_bytes(damaged)
-            assert count(first) + count(second) == 1
+    assert [count(tokenizer) for tokenizer in (first, first, second, first)] == [3, 0, 3, 3]
+    # those of the tokenizer before are gone
+    [file] = tmp_path.glob("latents*/001.npz")
+    whole = file.read_bytes()
+    # one byte anywhere among the latents is enough
+    for damaged in (b"", whole[:-9], flipped(whole), flipped(whole, 400)):
+        file.write_bytes(damaged)
+        assert [count(first), count(first)] == [1, 0]
     # times of files are not finer than that
     time.sleep(0.02)
     write_episodes(folder, [9] * 2, frames=np.full((9, 8, 8, 3), 50, np.uint8))
@@ -172,7 +176,7 @@ def test_a_run_killed_at_random_moments_gives_the_same_bits(finished, tmp_path, 
         process.kill()
         process.communicate()
         # no episode is ever half there
-        for path in folder.rglob("*.npz"):
+        for path in folder.glob("data/*.npz"):
             settings = json.loads((folder / "config.json").read_text())["config"]
             train.load_episode(path, train.TrainConfig(**settings))
     process = start(train.__file__, *ALL, "--run", folder)
@@ -243,6 +247,49 @@ def test_stopped_in_every_phase_at_its_middle_and_end_a_run_gives_the_same_bits(
     assert file_names(finished)[0] - file_names(folder)[0] == not_made_here
 
 
+def kill(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("phase, module, name, picture", [
+    ("tokenizer", train, "write_reconstructions", "tokenizer.png"),
+    ("agent", train, "write_dream", "agent.gif"),
+    ("imagination", measures, "imagination_health", "config.json")])
+def test_a_phase_killed_after_its_last_step_draws_and_reports_the_same_later(
+        copied, tmp_path, monkeypatch, capsys, phase, module, name, picture):
+    whole, killed = load_run(shutil.copytree(copied, tmp_path / "whole")), load_run(copied)
+    train_it = getattr(train, f"train_{phase}")
+    whole.round = killed.round = 2
+    train_it(whole)
+    report = capsys.readouterr().out.splitlines()[-1].replace(str(whole.folder), str(killed.folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, kill)
+        with pytest.raises(KeyboardInterrupt):
+            train_it(killed)
+    assert not load(copied, FILES[phase])["finished"]
+    # no step is repeated
+    monkeypatch.setattr(train.Loop, "update", kill)
+    train_it(killed)
+    assert capsys.readouterr().out.splitlines()[-1] == report
+    assert (copied / picture).read_bytes() == (whole.folder / picture).read_bytes()
+    assert not differences(load(copied, FILES[phase]), load(whole.folder, FILES[phase]))
+    train_it(killed)
+    assert capsys.readouterr().out == f"[{phase}] finished before\n"
+
+
+def test_an_evaluation_killed_while_it_writes_its_video_is_made_again(copied, monkeypatch):
+    made = ["eval.json", "episodes.csv", "policy.gif"]
+    for name in made:
+        (copied / name).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_video", kill)
+        with pytest.raises(KeyboardInterrupt):
+            main(*ALL, "--run", copied)
+    assert not (copied / "eval.json").exists()
+    main(*ALL, "--run", copied)
+    assert all((copied / name).exists() for name in made)
+
+
 def test_an_interrupted_collection_goes_on_with_the_episodes_it_would_have_played(copied):
     whole, run = read_episodes(copied), load_run(copied)
     # they were played together with 0, 3 and 4
@@ -266,6 +313,7 @@ PARALLEL = """
 import json, os, sys
 import torch
 import train
+from assets.run import Run
 
 folder, out = sys.argv[1:]
 gradients, curves = {}, {}
@@ -285,7 +333,7 @@ def update(self, loss, metrics, frames=0, original=train.Loop.update):
                                  if p.grad is not None}
         train.STOP.append("for the test")
 
-def to_device(self, batch, original=train.Run.to_device):
+def to_device(self, batch, original=Run.to_device):
     batch = original(self, batch)
     if "d" in batch:
         # on every process, the sequences that bootstrap are those paid for
@@ -293,13 +341,13 @@ def to_device(self, batch, original=train.Run.to_device):
         assert (batch["d"][others] == 1 / self.cfg.k_max).all(), "d > d_min without bootstrap"
     return batch
 
-train.Loop.update, train.Run.to_device = update, to_device
+train.Loop.update, Run.to_device = update, to_device
 
 def steps(phase, **changes):
     saved = json.load(open(folder + "/config.json"))
     sizes = {"batch_size": 8, "short_length": 12, "tokenizer_batch": 6}
     cfg = train.TrainConfig(**saved["config"] | sizes | changes)
-    run = train.Run(folder, cfg, 0, saved["actions"], "tiny")
+    run = Run(folder, cfg, 0, saved["actions"], "tiny")
     run.dtype, run.device = torch.float32, "cpu"
     run.round = {"tokenizer": 1, "dynamics": 0, "agent": 2}[phase]
     # it is stopped after the first step, and resumes
@@ -351,7 +399,7 @@ def test_the_gpu_preset_divides_among_eight_processes_and_other_batches_are_refu
         monkeypatch.setattr(train.dist, name, lambda value=value: value)
 
     def create(**changes):
-        train.Run(tmp_path, train.TrainConfig(**train.PRESETS["gpu"] | changes), 0, None)
+        Run(tmp_path, train.TrainConfig(**train.PRESETS["gpu"] | changes), 0, None)
 
     create()
     for blamed, changes in [
@@ -423,15 +471,41 @@ def read_config(folder):
     return json.loads((folder / "config.json").read_text())["config"]
 
 
-def test_episodes_are_counted_for_one_phase_and_a_policy_adds_them(copied):
+def test_episodes_are_counted_for_one_phase_and_a_policy_adds_them(copied, capsys):
     before, played = read_config(copied), len(read_episodes(copied))
     collect = ("--phase", "collect", "--run", copied, "--episodes")
-    main(*collect, 3, "--policy", copied / "agent.pt")
-    assert len(read_episodes(copied)) == played + 3
-    assert read_config(copied) == before | {"round_episodes": 3}
+    by_hand = ("--policy", copied / "agent.pt")
+    main(*collect, 3, *by_hand)
+    # the rounds keep their episodes and their number
+    assert sorted(read_episodes(copied))[played:] == [50_000, 50_001, 50_002]
+    assert read_config(copied) == before
+    # the same command continues, a larger number adds
+    (copied / "data/0000050001.npz").unlink()
+    for number in (3, 3, 4):
+        main(*collect, number, *by_hand)
+        assert len(read_episodes(copied)) == played + number
+    assert capsys.readouterr().out.count("finished before") == 1
     main(*collect, played + 4)
-    assert len(read_episodes(copied)) == played + 4
-    assert read_config(copied) == before | {"round_episodes": 3, "collect_episodes": played + 4}
+    assert len(read_episodes(copied)) == 2 * 4 + played
+    assert read_config(copied) == before | {"collect_episodes": played + 4}
+
+
+def test_imagination_dreams_with_the_latents_of_its_agent(copied):
+    run = load_run(copied)
+    run.round, run.cfg.tokenizer_steps = 1, 33
+    train.train_tokenizer(run)
+    trained_on = load(copied, "tokenizer.pt")["ema"]
+    main("--phase", "imagination", "--run", copied, "--imagination_steps", 8)
+    own = load(copied, "agent.pt")["tokenizer"]
+    assert any_moved(trained_on, own)
+    # of whose latents those are that were written last
+    tokenizer = Tokenizer(run.cfg)
+    tokenizer.load_state_dict(own)
+    [folder] = copied.glob("latents-*")
+    with np.load(folder / "0000000003.npz") as file:
+        latents = file["latents"]
+    frames = read_episodes(copied)[3]["frames"]
+    assert np.array_equal(latents, train.encode(frozen(tokenizer), frames))
 
 
 def test_a_shipped_checkpoint_leaves_the_default_run_alone(finished, tmp_path, monkeypatch):
@@ -457,6 +531,60 @@ def test_recorded_data_is_learned_from_without_an_environment(tmp_path, capsys):
     assert state["round"] == 0 and state["config"]["rounds"] == 1
     for phase in ("collect", "evaluate"):
         error(capsys, lambda: main("--phase", phase, "--run", run), "recorded data", "--env")
+
+
+class Wide(Ticker):
+    """Draws pictures twice as wide as high, and all alike."""
+    observation_space = Discrete(1)
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode, image=False)
+        self.observation_space = Discrete(1)
+
+    def look(self):
+        return 0
+
+    def render(self):
+        return np.zeros((100, 200, 3), np.uint8)
+
+
+gym.register("Wide-v0", Wide, max_episode_steps=40)
+
+
+def test_a_new_run_asks_its_environment_unless_flags_say_otherwise(tmp_path, monkeypatch, capsys):
+    runs = []
+    monkeypatch.setattr(train, "collect", lambda run, *_: runs.append(run))
+
+    def open_run(folder, *flags):
+        main("--phase", "collect", "--preset", "tiny", "--run", tmp_path / folder, *flags)
+        return runs[-1].cfg.image_size, runs[-1].cfg.action_repeat
+
+    wide = ("--env", "Wide-v0")
+    assert open_run("a", *wide) == ((48, 88), 1)
+    assert "resized from 100x200 to 48x88" in capsys.readouterr().out
+    assert open_run("a", *wide, "--image_size", "32x32", "--action_repeat", 3) == ((32, 32), 3)
+    assert open_run("a") == ((64, 64), 4)
+    # what a run was made with, it keeps
+    runs[-1].save_config()
+    assert open_run("a", "--env", "CarRacing-v3", "--action_repeat", 2) == ((64, 64), 2)
+
+
+def test_frames_that_are_all_alike_are_not_collected(tmp_path, capsys):
+    collect = ("--phase", "collect", "--env", "Wide-v0", "--run", tmp_path / "run")
+    error(capsys, lambda: main("--preset", "tiny", *collect), "Wide-v0", "same picture")
+    assert not (tmp_path / "run").exists()
+
+
+def test_recorded_data_meets_the_environment_that_it_is_from(tmp_path, capsys):
+    recorded = ("--image_size", "8x8", "--action_spec", 5)
+    run = ("--run", tmp_path)
+    write_episodes(tmp_path / "data", [30] * 11)
+    main("--preset", "tiny", *run, *recorded)
+    # rewards of actions 0 ... 4
+    main("--phase", "evaluate", *run, "--env", "Ticker-v0", "--episodes", 2)
+    assert json.loads((tmp_path / "eval.json").read_text())["random_mean"] > 15
+    words = ("agent.pt", "sizes", "[5]", "[5, 5]")
+    error(capsys, lambda: main("--phase", "evaluate", *run, "--env", "CarRacing-v3"), *words)
 
 
 # --------------------------------------------------------------------------------------------------

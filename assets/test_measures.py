@@ -38,6 +38,21 @@ def test_returns_by_hand():
     assert returns.tolist() == [3, 4, 4, 0]
 
 
+def test_what_cannot_be_measured_is_null_and_said(finished, tmp_path, capsys):
+    short = ("--episodes", 1, "--episode_frames", 3, "--run", tmp_path / "run")
+    main("--phase", "evaluate", "--checkpoint", finished / "agent.pt", *short)
+
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+
+    results = json.loads((tmp_path / "run/eval.json").read_text(), parse_constant=refuse)
+    unknown = [name for name, value in results.items() if value is None]
+    assert "dream_psnr" in unknown and "return_mean" not in unknown
+    text = capsys.readouterr().out
+    assert f"too short to measure {', '.join(unknown)}" in text
+    assert json.loads(text.splitlines()[-1], parse_constant=refuse) == results
+
+
 def test_an_episode_is_encoded_and_decoded_as_a_stream(T=9):
     tokenizer = frozen(Tokenizer(config()))
     frames = np.random.default_rng(0).integers(0, 256, (T, 12, 20, 3), np.uint8)

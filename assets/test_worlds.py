@@ -237,7 +237,7 @@ def test_crafter_is_seeded_and_a_time_limit_is_no_death(monkeypatch):
 def test_a_missing_package_ends_in_its_pip_command(monkeypatch, capsys, env, package):
     for name in ("gym", "crafter", "ale_py"):
         monkeypatch.setitem(sys.modules, name, None)
-    error(capsys, lambda: train.make_env(ticker(env=env)), env, package)
+    error(capsys, lambda: worlds.make(env, "{}", 5), env, package)
 
 
 def made(monkeypatch, space, bins=5):
@@ -283,4 +283,4 @@ def test_without_a_display_drawing_needs_none(monkeypatch, display):
         monkeypatch.setenv("DISPLAY", display)
     made(monkeypatch, Discrete(2))
     settings = [os.environ.get(name) for name in ("SDL_VIDEODRIVER", "MUJOCO_GL")]
-    assert settings == ([None, None] if display else ["dummy", "egl"])
+    assert settings == ([None, None] if display else ["offscreen", "egl"])

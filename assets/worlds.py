@@ -1,13 +1,20 @@
 """Environments that do not speak Gymnasium's plain interface, and the codec of action spaces.
 
-    python train.py --env MineRLTreechop-v0 --action_repeat 1      # needs minerl and Java 8
-    python train.py --env CrafterReward-v1 --action_repeat 1       # needs crafter
-    python train.py --env ALE/Pong-v5 --action_repeat 1            # needs ale-py
+    python train.py --env minigrid:MiniGrid-Empty-5x5-v0   # package:id, of a package installed
+    python train.py --env MineRLTreechop-v0                # needs minerl and Java 8
+    python train.py --env CrafterReward-v1                 # needs crafter
+    python train.py --env ALE/Pong-v5                      # needs ale-py
 
 MineRL and Crafter have the interface of Gym before Gymnasium; MineRL's camera, two angles, becomes
-one component of 11 * 11 categories. Tuple, Dict and MultiBinary action spaces are flattened.
+one component of 11 * 11 categories. Tuple, Dict and MultiBinary action spaces are flattened. Of a
+Dict of observations the one that is a picture is taken; where none is, render() draws.
 """
+import contextlib
+import io
 import json
+import math
+import multiprocessing
+import operator
 import os
 import sys
 
@@ -19,6 +26,9 @@ from assets.files import fail
 
 # VPT's camera: degrees per step, fine near 0 (μ-law)
 CAMERA_BINS, CAMERA_MAX, CAMERA_MU = 11, 10.0, 10.0
+# Frames without a screen. Of SDL's other driver for that, "dummy", highway_env thinks that nobody
+# looks: it draws nothing.
+NO_SCREEN = {"SDL_VIDEODRIVER": "offscreen", "MUJOCO_GL": "egl", "PYGLET_HEADLESS": "true"}
 
 
 def camera_angle(index):
@@ -63,6 +73,15 @@ def describe_actions(space, bins):
 def action_sizes(description):
     """The tuple of category counts, in the order of the action's components."""
     return tuple(np.ravel(description["sizes"]).tolist())
+
+
+def action_differences(a, b):
+    """In what two descriptions contradict each other, as text; "" where they go together.
+
+    Recorded data says nothing but the sizes. One number and a list of one number are the same.
+    """
+    return ", ".join(f"{name} {a[name]} and {b[name]}" for name in a.keys() & b.keys()
+                     if np.ravel(a[name]).tolist() != np.ravel(b[name]).tolist())
 
 
 def to_action(description, indices):
@@ -135,10 +154,13 @@ class OldGym(gym.Env):
     """An environment from before Gymnasium: reset() gives the observation, step() four values.
 
     MineRL's camera becomes one component of 11 * 11 categories; names of items become numbers.
+    held: names of buttons that are never pressed, whatever the action says.
     """
 
-    def __init__(self, env):
-        self.env, self.action_space = env, self.modern(env.action_space)
+    def __init__(self, env, held=()):
+        self.env, self.held, self.action_space = env, held, self.modern(env.action_space)
+        limit = getattr(getattr(env, "spec", None), "max_episode_steps", None)
+        self.limit = limit or math.inf
         picture = getattr(env.observation_space, "spaces", {}).get("pov", env.observation_space)
         self.observation_space = gym.spaces.Box(0, 255, tuple(picture.shape), np.uint8)
 
@@ -161,6 +183,8 @@ class OldGym(gym.Env):
         if isinstance(action, dict):
             return {name: self.old(space.spaces[name], part, name)
                     for name, part in action.items()}
+        if name in self.held:
+            return 0
         if name == "camera":
             return camera_angle(divmod(action, CAMERA_BINS)).astype(np.float32)
         return str(space.values[action]) if hasattr(space, "values") else action
@@ -174,13 +198,16 @@ class OldGym(gym.Env):
             self.env._seed, self.env._episode = seed, 0
         elif seed is not None:
             self.env.seed(seed)
+        self.steps = 0
         return self.frame(self.env.reset()), {}
 
     def step(self, action):
         action = self.old(self.env.action_space, action)
         observation, reward, done, info = self.env.step(action)
-        # Gym's and Crafter's ways to tell a time limit from an end
-        time_is_up = info.get("TimeLimit.truncated", False) or info.get("discount", 0) > 0
+        self.steps += 1
+        # Gym's and Crafter's ways to tell a time limit from an end; MineRL 1.0 tells nothing
+        time_is_up = (info.get("TimeLimit.truncated", False) or info.get("discount", 0) > 0
+                      or self.steps >= self.limit)
         truncated = done and time_is_up
         return self.frame(observation), reward, done and not truncated, truncated, info
 
@@ -189,11 +216,13 @@ class OldGym(gym.Env):
             self.env.close()
 
 
-def make_minerl(name, **kwargs):
+def make_minerl(name, held=("ESC", "drop", "inventory"), **kwargs):
     import gym as old_gym
     # importing it registers its environments
     import minerl  # noqa: F401
-    return OldGym(old_gym.make(name, **kwargs))
+    # Pressed at random, ESC ends an episode within steps, and the other two are all that is seen.
+    # The components stay: recordings have them.
+    return OldGym(old_gym.make(name, **kwargs), held)
 
 
 def make_crafter(name, **kwargs):
@@ -218,6 +247,12 @@ FAMILIES = {"CarRacing": (CarRacing, "gymnasium[box2d]"),
             "Crafter": (make_crafter, "crafter"), "ALE/": (make_atari, "ale-py")}
 
 
+def is_picture(space):
+    """Whether it holds RGB pictures; MiniGrid's 7 x 7 x 3 numbers are codes of things."""
+    return (isinstance(space, gym.spaces.Box) and space.dtype == np.uint8
+            and space.shape[2:] == (3,) and min(space.shape[:2]) > 7)
+
+
 def make(name, kwargs, bins):
     """gym.make(name, **kwargs), whatever package it is from; nested action spaces are flattened.
 
@@ -226,21 +261,90 @@ def make(name, kwargs, bins):
     """
     on_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.platform == "linux" and not on_screen:
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        for variable, value in NO_SCREEN.items():
+            os.environ.setdefault(variable, value)
     prefix = next((prefix for prefix in FAMILIES if name.startswith(prefix)), None)
     make_it, package = FAMILIES.get(prefix, (make_gymnasium, None))
     try:
         env = make_it(name, **json.loads(kwargs))
     except ImportError as error:
-        fail(f"--env {name} is not installed ({error}); run: pip install {package or error.name}")
+        package = package or error.name
+        advice = f"run: pip install {package}" if package else "install the package it is from"
+        fail(f"--env {name} is not installed ({error}); {advice}")
+    except gym.error.UnregisteredEnv as error:
+        fail(f"--env {name}: {error} What another package registers is --env package:id, for "
+             "example minigrid:MiniGrid-Empty-5x5-v0")
     except gym.error.Error as error:
         fail(f"--env {name}: {error}")
     except (TypeError, ValueError) as error:
         fail(f"--env_kwargs {kwargs} is not JSON or does not fit {name}: {error}")
+    seen = env.observation_space
+    parts = seen.spaces if isinstance(seen, gym.spaces.Dict) else {}
+    pictures = [key for key, part in parts.items() if is_picture(part)]
+    if len(pictures) == 1:
+        key = pictures[0]
+        env = gym.wrappers.TransformObservation(env, operator.itemgetter(key), seen[key])
     nested = (gym.spaces.Tuple, gym.spaces.Dict, gym.spaces.MultiBinary)
     if isinstance(env.action_space, nested):
         env = FlatActions(env, bins)
     # or it says here that it cannot
     describe_actions(env.action_space, bins)
     return env
+
+
+def look(name, kwargs, bins):
+    """What must be known of an environment before it is played: its actions, its frames' (H, W).
+
+    What shows nothing ends the program.
+    """
+    env = make(name, kwargs, bins)
+    with contextlib.closing(env):
+        seen = env.observation_space
+        shape = seen.shape
+        # begun only where it must be: MineRL takes minutes
+        if not is_picture(seen):
+            env.reset(seed=0)
+            shape = np.shape(env.render())
+        if len(shape) != 3:
+            fail(f"--env {name} shows no picture: render() gives none, and of its observations not "
+                 "exactly one is one; choose an id, or --env_kwargs, with pixels")
+        return describe_actions(env.action_space, bins), shape[:2]
+
+
+def look_from_afar(name, kwargs, bins):
+    """look() in a process that ends: windows and OpenGL, once here, would not survive a fork."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.Process(target=send_look, args=(sender, name, kwargs, bins))
+    child.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        child.join()
+        fail(f"--env {name} broke its process (exit code {child.exitcode}) when it was made and "
+             "drawn; what is printed above, if anything, says why")
+    if isinstance(answer, str):
+        fail(answer)
+    return answer
+
+
+def send_look(sender, *args):
+    """Sends what look() returns, or what it fails with."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            answer = look(*args)
+    except SystemExit:
+        answer = printed.getvalue().splitlines()[-1].removeprefix("error: ")
+    sender.send(answer)
+
+
+def action_repeat(name):
+    """Environment steps per agent step, where no flag says otherwise."""
+    return 4 if name.startswith("CarRacing") else 1
+
+
+def proportional_size(native, wanted, patch):
+    """(H, W) in whole patches: the proportions of `native`, about as many pixels as `wanted`."""
+    scale = math.sqrt(math.prod(wanted) / math.prod(native))
+    return tuple(max(1, round(side * scale / patch)) * patch for side in native)
