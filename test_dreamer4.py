@@ -230,6 +230,14 @@ def test_passes_that_do_not_write_see_the_stream_and_leave_it_alone():
         assert_close(streamed, (world[:, t:t + 1], h[:, t:t + 1]), atol=1e-4, rtol=0)
 
 
+def test_residual_branches_start_so_small_that_their_sum_does_not_grow_with_depth():
+    for depth in (2, 8):
+        blocks = Dynamics(config(width=64, depth=depth)).transformer.blocks
+        for layer in [layer for block in blocks for layer in (block.attn_out, block.mlp_out)]:
+            variance = float(layer.weight.var()) * layer.in_features
+            assert variance * 2 * depth == pytest.approx(1, rel=0.2)
+
+
 def test_every_parameter_is_trained_and_checkpointing_changes_no_gradient():
     dynamics, z, actions = new_dynamics(separate_images=0.0)
     draws, gradients = dynamics.draw(4, 6), []
@@ -681,6 +689,7 @@ def test_an_action_is_credited_with_the_reward_at_the_frame_it_leads_to():
     _, metrics = agent.imagination_loss(rollout, frozen(agent.policy_head))
     log_prob = agent.log_prob(agent.policy(rollout["h"][:, :3]), rollout["actions"])[0].detach()
     assert_close(metrics["policy"], 0.5 * log_prob[1] - 0.5 * (log_prob[0] + log_prob[2]) / 2)
+    assert_close(metrics["good"], torch.tensor(2 / 3))
 
 
 def test_value_learns_returns_policy_leaves_the_prior_at_a_price_and_nothing_counts_after_the_end():
@@ -1226,11 +1235,12 @@ README = (Path(train.__file__).parent / "README.md").read_text()
 
 def test_the_code_of_the_readme_runs_and_its_episode_is_one(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) >= 2
+    blocks += re.findall(r"`(np\.savez_compressed\(.*?)`", README, re.S)
+    assert len(blocks) == 2
     (tmp_path / "runs/mine/data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for block in blocks:
-        exec(block, {"frames": np.zeros((9, 64, 64, 3), np.uint8),
+        exec(block, {"np": np, "frames": np.zeros((9, 64, 64, 3), np.uint8),
                      "actions": np.full((9, 2), -1, np.int16), "rewards": np.zeros(9, np.float32)})
     [path] = tmp_path.rglob("*.npz")
     assert len(train.load_episode(path, train.TrainConfig())["frames"]) == 9

@@ -270,7 +270,7 @@ def play(cfg, policy, seeds, done=()):
     seeds, count = list(seeds), min(cfg.envs, len(seeds))
     if not cfg.env:
         fail("this run learns from recorded data and has no environment; give --env")
-    # what cannot be played ends in one line here, in as many as there are workers there
+    # asked once, what cannot be played ends in one line; asked by every worker, in many
     worlds.look_from_afar(cfg.env, cfg.env_kwargs, cfg.action_bins)
 
     def make():
@@ -285,7 +285,8 @@ def play(cfg, policy, seeds, done=()):
             if all(seed in done for seed in wave):
                 continue
             # no action led to the first frame, and no reward came with it
-            frames, rewards = [envs.reset(seed=wave)[0]], [np.zeros(count)]
+            with worlds.errors_in_one_line(cfg.env):
+                frames, rewards = [envs.reset(seed=wave)[0]], [np.zeros(count)]
             actions = [np.full((count, len(cfg.action_spec)), -1, np.int16)]
             lengths, terminal = np.zeros(count, int), np.zeros(count, bool)
             policy.reset(wave)
@@ -293,11 +294,16 @@ def play(cfg, policy, seeds, done=()):
                 check_stop()
                 # the action that h_t chooses leads to frame t + 1, with which it is stored
                 actions.append(policy.act(frames[-1], actions[-1]))
-                frame, reward, terminated, truncated, _ = envs.step(actions[-1])
+                with worlds.errors_in_one_line(cfg.env):
+                    frame, reward, terminated, truncated, _ = envs.step(actions[-1])
                 frames.append(frame)
                 rewards.append(reward)
                 terminal |= terminated
                 lengths[(terminated | truncated) & (lengths == 0)] = len(frames)
+            moves = any((frame != frames[0][0]).any() for frame in frames)
+            if isinstance(policy, RandomPolicy) and len(frames) > 8 and not moves:
+                fail(f"--env {cfg.env} shows the same picture in all {count * len(frames)} frames "
+                     "of random actions; is it black? Look at what it draws")
             for i, seed in enumerate(seeds[start:start + count]):
                 if seed in done:
                     continue
@@ -602,15 +608,11 @@ def collect(run, policy_file=None, first=None, wanted=None):
         policy = AgentPolicy(tokenizer, agent, cfg, seed, cfg.policy_random)
     start, frames, returns = time.time(), 0, []
     for seed, episode in play(cfg, policy, seeds, done):
-        shown = episode["frames"]
-        if not policy_file and len(shown) > 8 and (shown == shown[0]).all():
-            fail(f"--env {cfg.env} shows the same picture in all {len(shown)} frames of an episode "
-                 "of random actions; is it black? Look at what it draws")
         if not returns:
             run.save_config()
         episode.pop("values", None)
         write_file(paths[seed], functools.partial(np.savez_compressed, **episode))
-        frames += len(shown)
+        frames += len(episode["frames"])
         returns.append(float(episode["rewards"].sum()))
         if len(returns) % cfg.envs == 0 or len(returns) + len(done) == wanted:
             rate = frames / (time.time() - start)

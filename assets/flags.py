@@ -61,7 +61,7 @@ def parse(arguments, description, presets, config):
         help="where to train; auto: cuda where it is there, else cpu")
     add("--policy", help="collect: checkpoint of the policy that acts")
     add("--episodes", type=int, help="episodes to collect or to evaluate on")
-    add("--length", type=int, default=48, help="frames of the dream's video")
+    add("--length", type=int, default=48, help="frames of the dream's video [5 ... 10000]")
     add("--record", nargs="?", metavar="FILE", help="evaluate, dream: the video to write, .gif or "
         ".mp4, default RUN/policy.gif and RUN/dream.gif")
     add("--port", type=int, default=8000, help="port of the page to play on")
@@ -77,12 +77,10 @@ def parse(arguments, description, presets, config):
                 group.add_argument(f"--{field.name}", type=flag_type(field), metavar="X",
                                    default=argparse.SUPPRESS, help=text)
     args = parser.parse_args(arguments)
-    if args.length < 5:
-        fail("--length must be at least 5: four frames are context")
+    if not 5 <= args.length <= 10_000:
+        fail("--length must lie in 5 ... 10000: four frames are context, memory holds the video")
     if args.record and Path(args.record).suffix not in (".gif", ".mp4"):
         fail(f"--record {args.record}: the name of a video ends in .gif or .mp4")
-    if args.seed is not None and not 0 <= args.seed <= MAX_SEED:
-        fail(f"--seed {args.seed} must lie in 0 ... {MAX_SEED}")
     for name, value in vars(args).items():
         if "\0" in str(value):
             fail(f"--{name}: a NUL byte cannot be in it")
@@ -117,9 +115,13 @@ def saved_settings(args, folder):
     try:
         saved = json.loads(path.read_text())
         saved["config"].keys()
+        worlds.action_sizes(saved["actions"])
+        if type(saved["seed"]) is not int:
+            raise ValueError(f"seed is {saved['seed']!r}")
         return saved
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        fail(f"{path} is damaged ({error!r}); delete it and give the flags again")
+        reason = f"{type(error).__name__}: {error}"[:200]
+        fail(f"{path} is damaged ({reason}); delete it and give the flags again")
 
 
 def open_run(args, presets, config):
@@ -142,6 +144,8 @@ def open_run(args, presets, config):
     saved = {"preset": preset, "config": presets[preset], "actions": None, "seed": 0} | saved
     if args.seed is not None:
         saved["seed"] = args.seed
+    if not 0 <= saved["seed"] <= MAX_SEED:
+        fail(f"--seed {saved['seed']} must lie in 0 ... {MAX_SEED}")
     names = {field.name for field in fields(config)}
     overrides = {name: value for name, value in vars(args).items() if name in names}
     if args.episodes is not None:
@@ -159,7 +163,8 @@ def open_run(args, presets, config):
     except ValueError as error:
         fail(error)
     except TypeError as error:
-        fail(f"{args.checkpoint or folder} has settings that this version does not know: {error}")
+        path = args.checkpoint or folder / "config.json"
+        fail(f"{path} has settings that this version does not know: {error}")
     if cfg.env and (actions is None or {"env", "env_kwargs", "action_bins"} & set(overrides)):
         seen, native = worlds.look_from_afar(cfg.env, cfg.env_kwargs, cfg.action_bins)
         if "action_spec" in overrides and (text := worlds.action_differences(actions, seen)):
@@ -171,6 +176,8 @@ def open_run(args, presets, config):
             cfg.image_size = worlds.proportional_size(native, cfg.image_size, cfg.patch)
         if tuple(native) != cfg.image_size:
             print0("frames are resized from {}x{} to {}x{}".format(*native, *cfg.image_size))
+    if actions is None:
+        fail("no environment and no recorded data: give --env or --action_spec")
     cfg.action_spec = worlds.action_sizes(actions)
     if not cfg.env:
         cfg.rounds = 1

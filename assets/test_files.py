@@ -610,7 +610,8 @@ def outside(field):
     if not bounds:
         return [3]
     low, high = bounds
-    return [low - 1, high * 2 + 1, math.nan, math.inf, -math.inf, "1", None, True]
+    fraction = [] if field.type is float else [low + 0.5]
+    return [low - 1, high * 2 + 1, math.nan, math.inf, -math.inf, "1", None, True, *fraction]
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(train.TrainConfig), ids=lambda f: f.name)
@@ -713,7 +714,9 @@ def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(
     assert contents(copied) == before
 
 
-@pytest.mark.parametrize("text", ["[]", '{"config": 3}', "{}", "{"])
+@pytest.mark.parametrize("text", [
+    "[]", '{"config": 3}', "{}", "{", '{"config": {}, "actions": true, "seed": 0}',
+    '{"config": {}, "actions": {"sizes": [5]}, "seed": "x"}'])
 def test_a_damaged_config_is_named(tmp_path, capsys, text):
     (tmp_path / "config.json").write_text(text)
     error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")

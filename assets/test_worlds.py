@@ -1,6 +1,7 @@
-"""Tests of worlds.py: action spaces, MineRL, Crafter, missing packages."""
+"""Tests of worlds.py: action spaces, MineRL, Crafter, pictures, what cannot be played."""
 import functools
 import json
+import multiprocessing
 import os
 import sys
 import types
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 
 import train
 from assets import worlds
-from test_dreamer4 import error, ticker
+from test_dreamer4 import Ticker, error, ticker
 
 
 SPACES = [
@@ -91,6 +92,25 @@ def discrete(space):
 def test_bins_of_a_box_are_even_from_end_to_end():
     description = worlds.describe_actions(Box(-1, 2, (1,)), 4)
     assert [worlds.to_action(description, np.array([i]))[0] for i in range(4)] == [-1, 0, 1, 2]
+
+
+RECORDED = {"sizes": [5]}
+
+
+@pytest.mark.parametrize("a, b, words", [
+    (RECORDED, Discrete(5), ""),
+    (RECORDED, Box(-1, 1, (1,)), ""),
+    (RECORDED, RECORDED, ""),
+    (Discrete(5), MultiDiscrete([5]), ""),
+    (RECORDED, Discrete(7), "sizes [5] and 7"),
+    (RECORDED, MultiDiscrete([5, 5]), "sizes [5] and [5, 5]"),
+    (Discrete(5), Discrete(5, start=1), "low 0 and 1"),
+    (Box(-1, 1, (1,)), Box(-1, 3, (1,)), "step [0.5] and [1.0]"),
+    (Discrete(5), Box(0, 4, (1,)), "dtype int64 and float32")], ids=str)
+def test_recorded_data_meets_any_actions_of_its_sizes_an_environment_only_its_own(a, b, words):
+    a, b = (x if x is RECORDED else worlds.describe_actions(x, 5) for x in (a, b))
+    assert worlds.action_differences(a, b) == words
+    assert bool(worlds.action_differences(b, a)) == bool(words)
 
 
 class Old:
@@ -200,6 +220,39 @@ def test_minerl_is_played_into_episode_files(minerl):
         assert bool(e["terminal"]) == (seed != 2)
 
 
+class Human(Treechop):
+    """The buttons of MineRL 1.0 that must not be pressed at random; its spec has the time limit."""
+    buttons = ("ESC", "attack", "drop", "inventory")
+    action_space = Old.Dict(**{name: Old.Discrete(2) for name in buttons})
+    spec = types.SimpleNamespace(max_episode_steps=6)
+
+    def step(self, action):
+        self.given.append(action)
+        self.t += 1
+        return self.look(), 1.0, self.t == self.seeded or bool(action["ESC"]), {}
+
+
+@pytest.mark.parametrize("kwargs, held", [
+    ("{}", ("ESC", "drop", "inventory")), ('{"held": ["ESC"]}', ("ESC",)), ('{"held": []}', ())])
+def test_buttons_of_minerl_that_are_held_are_never_pressed_but_have_their_components(
+        monkeypatch, minerl, kwargs, held):
+    monkeypatch.setattr(sys.modules["gym"], "make", lambda name: Human())
+    env = worlds.make("MineRLBasaltFindCave-v0", kwargs, 5)
+    assert env.action_space == MultiDiscrete([2] * 4)
+    env.reset(seed=99)
+    env.step(np.ones(4, int))
+    [given] = env.unwrapped.env.given
+    assert given == {name: int(name not in held) for name in Human.buttons}
+
+
+def test_a_time_limit_that_only_the_spec_of_minerl_knows_is_no_death(monkeypatch, minerl):
+    monkeypatch.setattr(sys.modules["gym"], "make", lambda name: Human())
+    minerl.action_spec = (2,) * 4
+    # ends by itself, or at the limit, which counts from every reset
+    for seed, e in train.play(minerl, train.RandomPolicy(minerl, 0), [4, 6, 3, 5]):
+        assert len(e["frames"]) == seed + 1 and bool(e["terminal"]) == (seed != 6)
+
+
 def test_crafter_is_seeded_and_a_time_limit_is_no_death(monkeypatch):
     class Crafter:
         observation_space = Old.Box(0, 255, (64, 64, 3), np.uint8)
@@ -272,15 +325,119 @@ def test_a_wrong_name_or_argument_ends_in_one_line_that_names_the_flag(
     error(capsys, lambda: worlds.make(name, kwargs, 5), *words)
 
 
+class Shown(Ticker):
+    """An environment that shows what it is told to show.
+
+    observation, rendering: what reset() and render() give; rendering None: it must not be drawn.
+    """
+
+    def __init__(self, render_mode=None, space=None, observation=None, rendering=None):
+        self.observation_space, self.observation, self.rendering = space, observation, rendering
+
+    def look(self):
+        return self.observation
+
+    def render(self):
+        assert self.rendering is not None
+        return self.rendering
+
+
+def shown(monkeypatch, **settings):
+    """Registers it until the test ends."""
+    spec = gym.envs.registration.EnvSpec("Shown-v0", functools.partial(Shown, **settings))
+    monkeypatch.setitem(gym.registry, "Shown-v0", spec)
+    return ticker(env="Shown-v0", image_size=(16, 24))
+
+
+def pictures(height, width, channels=3):
+    return Box(0, 255, (height, width, channels), np.uint8)
+
+
+SCREEN = np.full((16, 24, 3), 50, np.uint8)
+DRAWN = np.full((32, 48, 3), 90, np.uint8)
+
+
+@pytest.mark.parametrize("space, observation, rendering", [
+    (pictures(16, 24), SCREEN, None),
+    # ViZDoom and MiniHack
+    (Dict(screen=pictures(16, 24), depth=pictures(16, 24, 1), health=Box(0, 1)),
+     {"screen": SCREEN}, None),
+    # MiniGrid: codes; two eyes; numbers
+    (Dict(direction=Discrete(4), image=pictures(7, 7)), {}, DRAWN),
+    (Dict(left=pictures(16, 24), right=pictures(16, 24)), {}, DRAWN),
+    (Box(-1, 1, (4,)), np.zeros(4), DRAWN)], ids=str)
+def test_what_is_seen_is_the_observation_that_is_a_picture_or_else_drawn(
+        monkeypatch, space, observation, rendering):
+    cfg = shown(monkeypatch, space=space, observation=observation, rendering=rendering)
+    seen = SCREEN if rendering is None else rendering
+    _, size = worlds.look_from_afar(cfg.env, "{}", 5)
+    assert size == seen.shape[:2]
+    env = train.PixelEnv(cfg)
+    for frame in (env.reset(seed=3)[0], env.step(np.array([1]))[0]):
+        assert frame.shape == (16, 24, 3) and (frame == seen[0, 0]).all()
+
+
+def test_no_environment_is_made_in_the_process_that_workers_are_forked_from(monkeypatch):
+    original = Shown.__init__
+
+    # what draws opens windows, which workers would inherit
+    def checked(*args, **kwargs):
+        assert multiprocessing.parent_process(), "made in the main process"
+        original(*args, **kwargs)
+
+    cfg = shown(monkeypatch, space=pictures(16, 24), observation=SCREEN)
+    monkeypatch.setattr(Shown, "__init__", checked)
+    worlds.look_from_afar(cfg.env, "{}", 5)
+    assert len(list(train.play(cfg, train.RandomPolicy(cfg, 0), [4, 5]))) == 2
+
+
+@pytest.mark.parametrize("env, words", [
+    ("Foo-v0", ["--env Foo-v0: ", "--env package:id, for example minigrid:MiniGrid-"]),
+    ("noname:Foo-v0", ["noname:Foo-v0 is not installed (No module named 'noname'",
+                       "; install the package it is from"]),
+    ("Shown-v0", ["--env Shown-v0 shows no picture: "])])
+def test_what_cannot_be_played_ends_in_one_line_before_workers_start(
+        monkeypatch, capfd, env, words):
+    # NetHack: text, drawn as text
+    cfg = shown(monkeypatch, space=Dict(text=Box(0, 9, (5,))), observation={}, rendering="@...")
+    cfg.env = env
+    error(capfd, lambda: worlds.look_from_afar(env, "{}", 5), *words)
+    error(capfd, lambda: list(train.play(cfg, train.RandomPolicy(cfg, 0), [4, 5])), *words)
+
+
+def test_an_environment_that_breaks_its_process_is_named(monkeypatch, capfd):
+    monkeypatch.setattr(Shown, "reset", lambda self, **kwargs: os._exit(11))
+    cfg = shown(monkeypatch, space=Box(-1, 1, (4,)))
+    error(capfd, lambda: worlds.look_from_afar(cfg.env, "{}", 5), "Shown-v0", "exit code 11")
+
+
+@pytest.mark.parametrize("native, wanted, patch, size", [
+    ((96, 96), (64, 64), 8, (64, 64)), ((360, 640), (90, 160), 10, (90, 160)),
+    # highway, LunarLander, ViZDoom
+    ((150, 600), (64, 64), 8, (32, 128)), ((400, 600), (64, 64), 8, (56, 80)),
+    ((240, 320), (96, 96), 8, (80, 112)),
+    # one patch is the least
+    ((10, 1000), (64, 64), 16, (16, 640)), ((8, 8), (4, 4), 16, (16, 16))])
+def test_a_frame_keeps_its_proportions_in_whole_patches(native, wanted, patch, size):
+    assert worlds.proportional_size(native, wanted, patch) == size
+
+
+def test_only_carracing_repeats_actions_by_default():
+    names = ("CarRacing-v3", "LunarLander-v3", "minigrid:MiniGrid-Empty-5x5-v0")
+    assert [worlds.action_repeat(name) for name in names] == [4, 1, 1]
+
+
 @pytest.mark.parametrize("display", [None, ":0"])
 def test_without_a_display_drawing_needs_none(monkeypatch, display):
     monkeypatch.setattr(sys, "platform", "linux")
-    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER", "MUJOCO_GL"):
+    drawing = ("SDL_VIDEODRIVER", "MUJOCO_GL", "PYGLET_HEADLESS")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", *drawing):
         # set first, so that what make() sets is undone as well
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     if display:
         monkeypatch.setenv("DISPLAY", display)
     made(monkeypatch, Discrete(2))
-    settings = [os.environ.get(name) for name in ("SDL_VIDEODRIVER", "MUJOCO_GL")]
-    assert settings == ([None, None] if display else ["offscreen", "egl"])
+    settings = [os.environ.get(name) for name in drawing]
+    # "dummy" would do for most, but with it highway_env leaves its frames black
+    assert settings == ([None] * 3 if display else ["offscreen", "egl", "true"])

@@ -332,11 +332,24 @@ def send_look(sender, *args):
     """Sends what look() returns, or what it fails with."""
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), errors_in_one_line(args[0]):
             answer = look(*args)
     except SystemExit:
         answer = printed.getvalue().splitlines()[-1].removeprefix("error: ")
     sender.send(answer)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(name):
+    """Whatever an environment raises, which is foreign code, ends the program with one line."""
+    try:
+        yield
+    except MemoryError:
+        # files.in_one_line knows what to say of it
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        fail(f"--env {name} cannot be played ({reason}); look at its packages and --env_kwargs")
 
 
 def action_repeat(name):
