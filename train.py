@@ -288,7 +288,7 @@ def play(cfg, policy, seeds, done=()):
             with worlds.errors_in_one_line(cfg.env):
                 frames, rewards = [envs.reset(seed=wave)[0]], [np.zeros(count)]
             actions = [np.full((count, len(cfg.action_spec)), -1, np.int16)]
-            lengths, terminal = np.zeros(count, int), np.zeros(count, bool)
+            lengths = np.zeros(count, int)
             policy.reset(wave)
             while not lengths.all():
                 check_stop()
@@ -298,7 +298,6 @@ def play(cfg, policy, seeds, done=()):
                     frame, reward, terminated, truncated, _ = envs.step(actions[-1])
                 frames.append(frame)
                 rewards.append(reward)
-                terminal |= terminated
                 lengths[(terminated | truncated) & (lengths == 0)] = len(frames)
             moves = any((frame != frames[0][0]).any() for frame in frames)
             if isinstance(policy, RandomPolicy) and len(frames) > 8 and not moves:
@@ -312,7 +311,8 @@ def play(cfg, policy, seeds, done=()):
                 if hasattr(policy, "values"):
                     # nobody acts at the last frame: the value of the one before stands in
                     rows["values"] = (policy.values + policy.values[-1:], np.float32)
-                episode = {"terminal": np.array(terminal[i])}
+                # an environment that has ended goes on saying so
+                episode = {"terminal": np.array(terminated[i])}
                 for name, (steps, dtype) in rows.items():
                     own = [step[i] for step in steps[:lengths[i]]]
                     episode[name] = np.stack(own).astype(dtype)
