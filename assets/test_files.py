@@ -152,6 +152,26 @@ def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file
     assert count(first) == 2
 
 
+def test_an_update_clips_gradients_averages_weights_and_follows_the_learning_rate(tmp_path):
+    cfg = ticker(warmup=4, cooldown=0.5, tokenizer_steps=100, ema=0.9)
+    model, rate = Tokenizer(cfg), 0.01
+    loop = train.Loop(Run(tmp_path, cfg, 0, None), "tokenizer", model, rate)
+    next(iter(loop))
+    before = {name: x.clone() for name, x in loop.ema.state_dict().items()}
+    loop.update(1e6 * sum((p ** 2).sum() for p in model.parameters()), {})
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert float(torch.stack(norms).norm()) == pytest.approx(1, rel=1e-3)
+    # over few steps at first: a tenth of what was there
+    for name, p in model.named_parameters():
+        assert_close(loop.ema.state_dict()[name], 0.1 * before[name] + 0.9 * p.detach())
+    # Muon's matrices take twice the rate of AdamW
+    assert [o.param_groups[0]["lr"] for o in loop.optimizers] == pytest.approx([rate / 4, rate / 2])
+    rates = []
+    for loop.step in (1, 3, 50, 75, 99):
+        rates.append(loop.learning_rate() / rate)
+    assert rates == pytest.approx([0.5, 1, 1, 0.1 + 0.9 * 0.5, 0.1 + 0.9 * 0.02])
+
+
 # --------------------------------------------------------------------------------------------------
 # Killed and stopped runs
 
