@@ -275,7 +275,8 @@ class Transformer(nn.Module):
 
     def forward(self, x, cache=None, write=False, separate=None):
         """x (B, T, S, D) -> the same shape. cache: the stream that the frames of x continue (None:
-        they start one); write: they join it, as half-denoised frames must not. separate (B,) bool: sequences whose frames see no past."""
+        they start one); write: they join it, as half-denoised frames must not. separate (B,) bool:
+        sequences whose frames see no past."""
         B, T, S, D = x.shape
         start = 0 if cache is None else cache.frames
         query_pos = torch.arange(start, start + T, device=x.device)
