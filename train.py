@@ -112,8 +112,7 @@ class TrainConfig(Config):
                              f"rounds together more than {SEEDS_PER_RUN // 2}")
 
     def sequence_shapes(self, step):
-        """(B, T) of a step: mostly short sequences, every n-th batch long, of about as many frames.
-        """
+        """(B, T) of a step: most batches short, every n-th long, with about as many frames."""
         if step % self.long_every:
             return self.batch_size, self.short_length
         count = self.batch_size * self.short_length // self.long_length

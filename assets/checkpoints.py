@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from assets.files import fail
+from assets.files import describe, fail
 from assets.worlds import action_sizes, to_action
 from dreamer4 import Agent, Config, Dynamics, Tokenizer
 
@@ -41,9 +41,8 @@ def load_checkpoint(path):
     try:
         check_contents(state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        fail(f"checkpoint {path}: its contents do not fit together ({reason}); restore it from a "
-             "copy or delete it and train that phase again")
+        fail(f"checkpoint {path}: its contents do not fit together ({describe(error)}); restore it "
+             "from a copy or delete it and train that phase again")
     # older ones were written only once
     state.setdefault("finished", True)
     return state

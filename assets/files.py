@@ -26,6 +26,11 @@ def fail(message):
     raise SystemExit(2)
 
 
+def describe(error):
+    """An error's kind and text as part of one line, at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 @contextlib.contextmanager
 def in_one_line():
     """Ends the program with one line where memory or a disk is full, whatever it was doing."""

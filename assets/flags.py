@@ -13,10 +13,9 @@ import torch
 
 from assets import worlds
 from assets.checkpoints import load_checkpoint
-from assets.files import fail, print0
+from assets.files import describe, fail, print0
 from assets.run import PHASES, Run
 from dreamer4 import Config
-
 
 # Every seed has its own seeds of the environment (train.SEEDS_PER_RUN)
 MAX_SEED = 9998
@@ -87,10 +86,6 @@ def parse(arguments, description, presets, config):
     return args
 
 
-def default_preset():
-    return "gpu" if torch.cuda.is_available() else "cpu"
-
-
 def run_folder(args):
     """--run, else the checkpoint's folder if that is a run, else a new one by its name."""
     if args.run:
@@ -120,8 +115,7 @@ def saved_settings(args, folder):
             raise ValueError(f"seed is {saved['seed']!r}")
         return saved
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
-        fail(f"{path} is damaged ({reason}); delete it and give the flags again")
+        fail(f"{path} is damaged ({describe(error)}); delete it and give the flags again")
 
 
 def open_run(args, presets, config):
@@ -137,7 +131,8 @@ def open_run(args, presets, config):
     """
     folder = run_folder(args)
     saved = saved_settings(args, folder)
-    preset, is_new = args.preset or default_preset(), not saved
+    is_new = not saved
+    preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
     if args.preset and saved.get("preset", preset) != preset:
         fail(f"--preset {preset}, but {folder / 'config.json'} was made with {saved['preset']}; "
              "use another --run")

@@ -29,7 +29,7 @@ import imageio.v3 as imageio
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.files import write_file
+from assets.files import describe, write_file
 from assets.videos import resize
 from assets.worlds import CAMERA_BINS, camera_bin
 
@@ -220,8 +220,7 @@ def main(arguments=None):
             new = write_episodes(steps, args.target, name, terminal)
         except Exception as error:
             # readers of videos raise many kinds of errors, some with pages of text
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            print(f"error: {path}: {reason}", file=sys.stderr, flush=True)
+            print(f"error: {path}: {describe(error)}", file=sys.stderr, flush=True)
             failed += 1
             continue
         lengths += new

@@ -22,7 +22,7 @@ import gymnasium as gym
 import numpy as np
 
 from assets.car_racing import CarRacing
-from assets.files import fail
+from assets.files import describe, fail
 
 # VPT's camera: degrees per step, fine near 0 (μ-law)
 CAMERA_BINS, CAMERA_MAX, CAMERA_MU = 11, 10.0, 10.0
@@ -348,8 +348,8 @@ def errors_in_one_line(name):
         # files.in_one_line knows what to say of it
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        fail(f"--env {name} cannot be played ({reason}); look at its packages and --env_kwargs")
+        fail(f"--env {name} cannot be played ({describe(error)}); look at its packages and "
+             "--env_kwargs")
 
 
 def action_repeat(name):
