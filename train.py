@@ -20,10 +20,8 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +36,8 @@ from assets.checkpoints import FORMAT, load_checkpoint
 from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
                           is_main_process, limit_memory, load_episode, print0, to_json, write_file)
 from assets.play import Player, serve
-from assets.run import FILES
+from assets.latents import encode_episodes
+from assets.run import FILES, compile_blocks
 from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
                            write_video)
 from assets.worlds import action_sizes, describe_actions, to_action
@@ -149,14 +148,6 @@ PRESETS = {
 
 # --------------------------------------------------------------------------------------------------
 # Environment and policies: frames in, category indices out
-
-class Spaces(gym.Env):
-    """What PixelEnv shows and takes, without an environment."""
-
-    def __init__(self, cfg):
-        self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
-        self.action_space = gym.spaces.MultiDiscrete(cfg.action_spec)
-
 
 class PixelEnv(gym.Wrapper):
     """Frames (H, W, 3) uint8 of cfg.image_size, actions as category indices, actions repeated.
@@ -274,7 +265,7 @@ def play(cfg, policy, seeds, done=()):
 
     def make():
         # workers make environments; this process, which they are forked from, but says their spaces
-        return PixelEnv(cfg) if multiprocessing.parent_process() else Spaces(cfg)
+        return PixelEnv(cfg) if multiprocessing.parent_process() else worlds.Spaces(cfg)
 
     envs = gym.vector.AsyncVectorEnv([make] * count, autoreset_mode="Disabled")
     with contextlib.closing(envs):
@@ -351,37 +342,6 @@ class Data:
     def is_unusual(self, rewards):
         return np.abs(rewards - self.usual_reward) > 1e-3
 
-    def encode(self, tokenizer, folder):
-        """Gives every episode its latents (T, N, Z) float16: streamed once, then read from files.
-
-        The name of the folder they are in carries a checksum of the tokenizer's weights.
-        """
-        weights = b"".join(p.float().cpu().numpy().tobytes() for p in tokenizer.parameters())
-        folder = Path(folder) / f"latents-{zlib.crc32(weights):08x}"
-        start, count = time.time(), 0
-        for path, episode in zip(self.paths, self.episodes):
-            check_stop()
-            # .npz files carry checksums
-            cached, T = folder / path.name, len(episode["rewards"])
-            try:
-                with np.load(cached, allow_pickle=False) as file:
-                    episode["latents"] = file["latents"]
-                outdated = cached.stat().st_mtime < path.stat().st_mtime
-                if len(episode["latents"]) != T or outdated:
-                    raise ValueError("the latents of another episode")
-            except Exception:
-                # not there, damaged in any way, or of an episode before
-                latents = episode["latents"] = encode(tokenizer, episode["frames"])
-                count += T
-                if is_main_process():
-                    write_file(cached, functools.partial(np.savez, latents=latents))
-        if is_main_process():
-            # nobody needs those of the tokenizer before
-            for old in set(folder.parent.glob("latents-*")) - {folder}:
-                shutil.rmtree(old)
-        if count:
-            print0(f"encoded {count} frames at {count / (time.time() - start):.0f} frames/s")
-
     def sample(self, rng, B, T, names, rewarded_share=0.0):
         """B random windows of T frames of training episodes -> arrays (B, T, ...), and continues.
 
@@ -424,18 +384,6 @@ def load_data(run):
 
 # --------------------------------------------------------------------------------------------------
 # The training loop: optimizer, averaged weights, checkpoint, resume (run folder: assets/run.py)
-
-def compile_blocks(model):
-    """torch.compile for every transformer block."""
-    # Blocks share graphs, one for each kind of layer, model, length and pass: more than the 8
-    # after which PyTorch stops compiling.
-    torch._dynamo.config.recompile_limit = 64
-    # DDP's optimizer would split graphs that are small already
-    torch._dynamo.config.optimize_ddp = False
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.compile(dynamic=False)
-
 
 def make_optimizers(model, lr, weight_decay):
     """Muon for the matrices of the transformer blocks, AdamW for all else that is trained."""
@@ -603,7 +551,7 @@ def collect(run, policy_file=None, first=None, wanted=None):
     seed = run.seed * 1000 + run.round
     policy = RandomPolicy(cfg, seed)
     if policy_file:
-        tokenizer, agent, _ = load_agent(run, policy_file)
+        tokenizer, agent, _ = run.load_agent(policy_file)
         policy = AgentPolicy(tokenizer, agent, cfg, seed, cfg.policy_random)
     start, frames, returns = time.time(), 0, []
     for seed, episode in play(cfg, policy, seeds, done):
@@ -659,8 +607,8 @@ def train_dynamics(run):
     cfg, state, video = run.cfg, run.load("dynamics.pt"), run.folder / "dynamics.gif"
     if run.is_finished("dynamics", state):
         return
-    tokenizer, data = load_tokenizer(run), load_data(run)
-    data.encode(tokenizer, run.folder)
+    tokenizer, data = run.load_tokenizer(), load_data(run)
+    encode_episodes(data, tokenizer, run.folder)
     run.seed_phase("dynamics")
     model = Dynamics(cfg)
     loop = Loop(run, "dynamics", model, cfg.dynamics_lr, state)
@@ -685,8 +633,8 @@ def train_agent(run):
     cfg, state, video = run.cfg, run.load("agent.pt"), run.folder / "agent.gif"
     if run.is_finished("agent", state):
         return
-    tokenizer, data = load_tokenizer(run), load_data(run)
-    data.encode(tokenizer, run.folder)
+    tokenizer, data = run.load_tokenizer(), load_data(run)
+    encode_episodes(data, tokenizer, run.folder)
     run.seed_phase("agent")
     model = Agent(cfg)
     # the value learns in imagination
@@ -742,7 +690,7 @@ def train_imagination(run):
     data, tokenizer, agent = load_data(run), Tokenizer(cfg), Agent(cfg)
     # that of the agent's latents: tokenizer.pt may have been trained on
     tokenizer.load_state_dict(state["tokenizer"])
-    data.encode(run.for_inference(tokenizer), run.folder)
+    encode_episodes(data, run.for_inference(tokenizer), run.folder)
     agent.load_state_dict(state["ema"])
     # Later rounds go on with policy and value of the round before, and with that policy as the
     # prior: a clone of all data would pull back to the random driving in it. A resumed phase finds
@@ -802,33 +750,11 @@ def run_all(run):
 # --------------------------------------------------------------------------------------------------
 # Evaluate and dream
 
-def load_tokenizer(run):
-    state = run.load("tokenizer.pt", "tokenizer")
-    tokenizer = Tokenizer(run.cfg)
-    tokenizer.load_state_dict(state["ema"])
-    return run.for_inference(tokenizer)
-
-
-def load_agent(run, path):
-    """A checkpoint of phase 2 or 3 -> tokenizer, agent, cloned policy head; all frozen."""
-    state = load_checkpoint(path)
-    if "tokenizer" not in state:
-        fail(f"checkpoint {path} holds no agent; give agent.pt, or run: "
-             "python train.py --phase agent")
-    run.take_architecture(state, path)
-    tokenizer, agent = Tokenizer(run.cfg), Agent(run.cfg)
-    tokenizer.load_state_dict(state["tokenizer"])
-    agent.load_state_dict(state["ema"])
-    cloned = frozen(agent.policy_head).to(run.device)
-    agent.load_state_dict(state.get("heads", {}), strict=False)
-    return run.for_inference(tokenizer), run.for_inference(agent), cloned
-
-
 def held_out_episodes(run, tokenizer, agent):
     """Held-out episodes with latents; where the run has no data, four that the policy plays."""
     if len(list(run.folder.glob("data/*.npz"))) >= 2:
         data = load_data(run)
-        data.encode(tokenizer, run.folder)
+        encode_episodes(data, tokenizer, run.folder)
         return data.held_out
     print0(f"{run.folder / 'data'} holds no episodes: the policy plays 4 for contexts")
     seeds = [EVALUATION_SEEDS - 1 - i for i in range(4)]
@@ -842,7 +768,7 @@ def held_out_episodes(run, tokenizer, agent):
 def evaluate(run, path, video):
     """Policy, cloned policy and random policy on the same unseen seeds; the model's measures."""
     start, cfg = time.time(), run.cfg
-    tokenizer, agent, cloned = load_agent(run, path)
+    tokenizer, agent, cloned = run.load_agent(path)
     clone = frozen(agent)
     clone.policy_head = cloned
     policies = {"random": RandomPolicy(cfg, run.seed),
@@ -884,7 +810,7 @@ def evaluate(run, path, video):
 
 def dream(run, path, length, video):
     """A video of dreams beside held-out episodes."""
-    tokenizer, agent, _ = load_agent(run, path)
+    tokenizer, agent, _ = run.load_agent(path)
     episodes = held_out_episodes(run, tokenizer, agent)
     write_dream(video, tokenizer, agent.dream(run.cfg.k), episodes, run.seed, length, agent)
     print0(f"[dream] {video}: truth above, dream below, same actions; the policy goes on where "
@@ -928,11 +854,11 @@ def main(arguments=None):
     elif args.phase == "dream":
         dream(run, agent, args.length, args.record or run.folder / "dream.gif")
     elif args.phase == "play":
-        tokenizer, model, _ = load_agent(run, agent)
+        tokenizer, model, _ = run.load_agent(agent)
         episodes = held_out_episodes(run, tokenizer, model)
         serve(Player(tokenizer, model, episodes, run.cfg), args.port, lambda: bool(STOP))
     elif args.phase == "bench":
-        bench.bench(run, compile_blocks, play, RandomPolicy(run.cfg, 0))
+        bench.bench(run, play, RandomPolicy(run.cfg, 0))
     # the last line of the others is their result as JSON
     if args.phase not in ("evaluate", "bench", "all"):
         print0(f"[{args.phase}] done in {(time.time() - start) / 60:.1f} min")

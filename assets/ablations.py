@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer4
 import train
+from assets.latents import encode_episodes
 from assets.measures import psnr
 from assets.run import Run
 from assets.videos import decode, open_loop, random_windows
@@ -92,7 +93,7 @@ def new_tokenizer(run, data):
     other = AblationRun(folder, run.cfg, run.seed, run.actions)
     train.load_data = load_data
     train.train_tokenizer(other)
-    return train.load_tokenizer(other)
+    return other.load_tokenizer()
 
 
 def measure(run, data, name, steps):
@@ -100,12 +101,12 @@ def measure(run, data, name, steps):
     cls, changes, weight, labeled, ks = VARIANTS[name]
     cfg, ramp, began = run.cfg, dreamer4.ramp_weight, time.time()
     cfg.mask_max = changes.get("mask_max", cfg.mask_max)
-    tokenizer = new_tokenizer(run, data) if "mask_max" in changes else train.load_tokenizer(run)
+    tokenizer = new_tokenizer(run, data) if "mask_max" in changes else run.load_tokenizer()
     # only now: the tokenizer has the run's architecture
     for setting, value in changes.items():
         setattr(cfg, setting, value)
     cfg.dynamics_steps, cfg.save_seconds = steps, 1e9
-    data.encode(tokenizer, run.folder)
+    encode_episodes(data, tokenizer, run.folder)
     actions = [e["actions"] for e in data.train]
     for i, e in enumerate(data.train):
         # an even, fixed choice of episodes

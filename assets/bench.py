@@ -14,6 +14,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from assets.files import check_stop
+from assets.run import compile_blocks
 from dreamer4 import Agent, Cache, Dynamics, Tokenizer, imagine
 
 SIZES = {
@@ -106,10 +107,10 @@ def jobs(run):
             ("imagination", 16 * 16, imagination, None), ("play", 1, play, None)]
 
 
-def bench(run, compile_blocks, play, policy):
+def bench(run, play, policy):
     """Measures all jobs and the collection; the last line printed is the result as JSON.
 
-    run: train.Run; compile_blocks, play: those of train; policy: one that acts randomly.
+    play: train.play; policy: one that acts randomly.
     """
     cfg, device = run.cfg, run.device
     machine = platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""One run: its folder, settings, device, processes and seeds; nothing here is about Dreamer 4.
+"""One run: its folder, settings, device, processes, seeds, and the models that are stored there.
 
     runs/NAME/  config.json  metrics.jsonl  data/*.npz  *.pt  *.png  *.gif  eval.json
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from assets.checkpoints import load_checkpoint
 from assets.files import fail, is_main_process, print0, to_json, write_file
 from assets.worlds import action_differences
-from dreamer4 import Config, frozen
+from dreamer4 import Agent, Block, Config, Tokenizer, frozen
 
 # In the order of time; a checkpoint carries the name of its phase
 PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination",
@@ -40,6 +40,18 @@ def choose_device(name):
         name, mkldnn = "cpu", torch.backends.mkldnn.is_available()
         bf16 = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return name, torch.bfloat16 if bf16 else torch.float32
+
+
+def compile_blocks(model):
+    """torch.compile for every transformer block."""
+    # Blocks share graphs, one for each kind of layer, model, length and pass: more than the 8
+    # after which PyTorch stops compiling.
+    torch._dynamo.config.recompile_limit = 64
+    # DDP's optimizer would split graphs that are small already
+    torch._dynamo.config.optimize_ddp = False
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(dynamic=False)
 
 
 class Run:
@@ -92,6 +104,27 @@ class Run:
             fail(f"{path} is {'not finished' if state else 'missing'}; run first: "
                  f"python train.py --phase {phase} --run {self.folder}")
         return state
+
+    def load_tokenizer(self):
+        """The tokenizer of tokenizer.pt, frozen; its phase must have finished."""
+        state = self.load("tokenizer.pt", "tokenizer")
+        tokenizer = Tokenizer(self.cfg)
+        tokenizer.load_state_dict(state["ema"])
+        return self.for_inference(tokenizer)
+
+    def load_agent(self, path):
+        """A checkpoint of phase 2 or 3 -> tokenizer, agent, cloned policy head; all frozen."""
+        state = load_checkpoint(path)
+        if "tokenizer" not in state:
+            fail(f"checkpoint {path} holds no agent; give agent.pt, or run: "
+                 "python train.py --phase agent")
+        self.take_architecture(state, path)
+        tokenizer, agent = Tokenizer(self.cfg), Agent(self.cfg)
+        tokenizer.load_state_dict(state["tokenizer"])
+        agent.load_state_dict(state["ema"])
+        cloned = frozen(agent.policy_head).to(self.device)
+        agent.load_state_dict(state.get("heads", {}), strict=False)
+        return self.for_inference(tokenizer), self.for_inference(agent), cloned
 
     def take_architecture(self, state, path):
         """Takes the architecture of a checkpoint; a flag or environment must not contradict it."""

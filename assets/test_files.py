@@ -25,16 +25,17 @@ from torch.distributed import run as torchrun
 from torch.testing import assert_close
 
 import train
-from assets import flags, measures
+from assets import flags, latents, measures
 from assets.checkpoints import load_checkpoint
 from assets.files import in_one_line
-from assets.run import FILES, Run
+from assets.latents import encode_episodes
+from assets.run import FILES, Run, compile_blocks
 from dreamer4 import Agent, Dynamics, Tokenizer, frozen
 # the fixtures among these work in a file that imports them
-from test_dreamer4 import (ALL, README, Ticker, as_flags, config, contents, copied,
-                           differences, error, finished, load, load_run, main, new_batch,
-                           only_with_m_slow, read_episodes, sample, seeded, signals, start, ticker,
-                           write_episodes)
+from test_dreamer4 import (ALL, README, as_flags, config, contents, copied, differences, error,
+                           finished, load, load_run, main, new_batch, only_with_m_slow,
+                           read_episodes, seeded, signals, start)
+from test_episodes import Ticker, sample, ticker, write_episodes
 
 CHECKPOINTS = ("tokenizer.pt", "dynamics.pt", "agent.pt")
 
@@ -123,14 +124,14 @@ def test_data_larger_than_memory_gives_the_same_batches(tmp_path):
 def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file_or_new_episodes(
         tmp_path, monkeypatch):
     folder = write_episodes(tmp_path / "data", [9] * 3)
-    encoded, encode = [], train.encode
+    encoded, encode = [], latents.encode
     monkeypatch.setattr(
-        train, "encode", lambda tokenizer, frames: encoded.append(0) or encode(tokenizer, frames))
+        latents, "encode", lambda tokenizer, frames: encoded.append(0) or encode(tokenizer, frames))
 
     def count(tokenizer):
         data = train.Data(ticker(), folder)
         encoded.clear()
-        data.encode(tokenizer, tmp_path)
+        encode_episodes(data, tokenizer, tmp_path)
         for e in data.episodes:
             assert np.array_equal(e["latents"], encode(tokenizer, e["frames"]))
             # which would hold a file open for every episode
@@ -318,7 +319,7 @@ def test_an_interrupted_collection_goes_on_with_the_episodes_it_would_have_playe
     train.collect(run)
     assert read_episodes(copied).keys() == whole.keys()
     assert are_in(whole, read_episodes(copied))
-    tokenizer, agent, _ = train.load_agent(run, copied / "agent.pt")
+    tokenizer, agent, _ = run.load_agent(copied / "agent.pt")
     policy = train.AgentPolicy(tokenizer, agent, run.cfg, 0, random_share=0.5)
     four = dict(train.play(run.cfg, policy, range(4)))
     two = dict(train.play(run.cfg, policy, range(4), done={0, 1}))
@@ -441,7 +442,7 @@ def test_compiled_blocks_stay_compiled_in_every_phase_and_round(monkeypatch):
     torch._dynamo.reset()
     for _ in range(2):
         for model in (Tokenizer(config()), Dynamics(config()), Agent(config())):
-            train.compile_blocks(model)
+            compile_blocks(model)
             for B, T in [(8, 6), (4, 12)]:
                 z, actions, *signals = new_batch(B, T)
                 if isinstance(model, Tokenizer):

@@ -76,13 +76,25 @@ def test_dreams_are_as_long_as_asked_for_and_gif_or_mp4(copied, tmp_path):
     assert frames[-1, :120].max() < 20 and frames[-1, 128:].std() > 5
 
 
-def test_the_video_of_an_evaluation_is_the_real_track_and_its_reconstruction(copied, tmp_path):
+def test_an_evaluation_is_of_clone_and_policy_and_shows_the_real_track_and_its_reconstruction(
+        copied, tmp_path, monkeypatch):
+    play, policies = train.play, []
+
+    def play_and_note(cfg, policy, *args):
+        policies.append(policy)
+        return play(cfg, policy, *args)
+
+    monkeypatch.setattr(train, "play", play_and_note)
     main("--phase", "evaluate", "--run", copied, "--record", tmp_path / "a.mp4")
     frames = imageio.imread(tmp_path / "a.mp4", plugin="FFMPEG")
     assert frames.shape[1:] == (128, 256, 3)
     real, seen = frames[:, :, :128].astype(float), frames[:, :, 128:].astype(float)
     # a tiny tokenizer sees something else
     assert 5 < np.abs(real - seen).mean() < 100
+    saved = torch.load(copied / "agent.pt")
+    for policy, entry in zip(policies[1:], ("ema", "heads"), strict=True):
+        for name, weights in policy.agent.policy_head.state_dict().items():
+            assert torch.equal(weights, saved[entry][f"policy_head.{name}"])
 
 
 def test_the_last_line_is_the_evaluation_as_json(finished):

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 import train
 from assets import worlds
-from test_dreamer4 import Ticker, error, ticker
+from test_dreamer4 import error
+from test_episodes import Ticker, ticker
 
 
 SPACES = [

@@ -292,6 +292,14 @@ def make(name, kwargs, bins):
     return env
 
 
+class Spaces(gym.Env):
+    """What PixelEnv shows and takes, without an environment."""
+
+    def __init__(self, cfg):
+        self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
+        self.action_space = gym.spaces.MultiDiscrete(cfg.action_spec)
+
+
 def look(name, kwargs, bins):
     """What must be known of an environment before it is played: its actions, its frames' (H, W).
 
