@@ -12,6 +12,7 @@ import math
 import gymnasium as gym
 import numpy as np
 
+
 def steer_and_pedals(action):
     """(steer, pedal) in [-1, 1] -> CarRacing's (steer, gas, brake)."""
     steer, pedal = action
