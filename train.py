@@ -35,6 +35,7 @@ from assets import bench, flags, measures, worlds
 from assets.checkpoints import FORMAT, load_checkpoint
 from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
                           is_main_process, limit_memory, load_episode, print0, to_json, write_file)
+from assets.muon import Muon
 from assets.play import Player, serve
 from assets.latents import encode_episodes
 from assets.run import FILES, compile_blocks
@@ -385,7 +386,7 @@ def load_data(run):
 # --------------------------------------------------------------------------------------------------
 # The training loop: optimizer, averaged weights, checkpoint, resume (run folder: assets/run.py)
 
-def make_optimizers(model, lr, weight_decay):
+def make_optimizers(model, lr, weight_decay, dtype):
     """Muon for the matrices of the transformer blocks, AdamW for all else that is trained."""
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
@@ -393,8 +394,7 @@ def make_optimizers(model, lr, weight_decay):
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in in_muon]
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr, weight_decay, dtype))
     return optimizers
 
 
@@ -419,7 +419,7 @@ class Loop:
         for name, module in zip(names, (model, self.ema)):
             if state and name in state:
                 module.load_state_dict(state[name])
-        self.optimizers = make_optimizers(model, lr, run.cfg.weight_decay)
+        self.optimizers = make_optimizers(model, lr, run.cfg.weight_decay, run.dtype)
         self.first_step, self.metrics = 0, {}
         if state and (state["round"], state["phase"]) == (run.round, phase):
             try:
@@ -492,7 +492,7 @@ class Loop:
         lr = self.learning_rate()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * 2 if isinstance(optimizer, torch.optim.Muon) else lr
+                group["lr"] = lr * 2 if isinstance(optimizer, Muon) else lr
             optimizer.step()
         if self.ema is not None:
             # over few steps at first: it soon forgets the weights that the round began with
