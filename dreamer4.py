@@ -9,9 +9,9 @@ Source: Hafner, Yan, Lillicrap, "Training Agents Inside of Scalable World Models
 
 The token block of frame t, in the dynamics (time runs across blocks, one block per frame):
 
-      what led here    noise level       the frame itself        memory        the reader
-    [ action a_{t-1} | signal τ, step d | latents z̃_t ......... | registers | agent ] -> ẑ1, h_t
-      S_a = 1          1                  N / pack                S_r         1 (nothing sees it)
+      what led here    noise level         memory      the frame itself        the reader
+    [ action a_{t-1} | signal τ, step d | registers | latents z̃_t ......... | agent ] -> ẑ1, h_t
+      S_a = 1          1                  S_r         N / pack                1 (nothing sees it)
 
 Time: block t carries a_{t-1}; r_t and c_t belong to ARRIVING at frame t; h_t chooses a_t.
 Shapes: B batch, T time, S tokens per frame, D width, P patches, N latent tokens, Z channels of a
@@ -180,9 +180,8 @@ def attend(q, k, v, mask=None, softcap=0.0):
     q = q.reshape(N, G, H // G * L, E)
     if mask is not None:
         mask = torch.cat([mask] * (H // G), -2)
-    # Two forms of the same function: the fused kernel on GPUs, plain matrix products on CPUs, where
-    # the fused one takes four times as long forward and backward in bfloat16 (92 ms against 22 for
-    # (128, 8, 80, 32) on two cores). The fused kernel knows no soft cap.
+    # Two forms of the same function: the fused kernel on GPUs, which knows no soft cap, and plain
+    # matrix products on CPUs: there, forward and backward in bfloat16, it takes four times as long.
     if q.is_cuda and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(N, H, L, E)
     scores = (q * E ** -0.5) @ k.mT  # (N, G, H/G L, U)
@@ -224,8 +223,11 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x, mask, pos=None, past=None):
-        """x (B, T, S, D) -> the same shape, and for time layers keys and values (B, S, G, U, E)."""
+    def forward(self, x, mask, pos=None, past=None, unread=0):
+        """x (B, T, S, D) -> the same shape, and for time layers keys and values (B, S, G, U, E).
+        unread: so many tokens of a frame, its first, end here: others may see them, no more."""
+        if self.over_time:
+            x = x[:, :, unread:]
         B, T, S, D = x.shape
         # Linear layers see contiguous (B, T, S, D). Attention runs over the axis before the last:
         # frames (one sequence per token position) or tokens (one sequence per frame).
@@ -236,6 +238,11 @@ class Block(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.over_time:
             q, k = rope(q, pos), rope(k, pos)
+            # A mask of every sequence (B, 1, T, U) holds for all its tokens.
+            mask = mask if mask.dim() == 2 else mask.repeat_interleave(S, 0)
+        else:
+            x, q = x[:, :, unread:], q[:, :, unread:]
+            mask = None if mask is None else mask[unread:]
         if past is not None:
             # A pass without the agent token leaves out its cached keys, the last of a frame.
             past_k, past_v = past
@@ -243,7 +250,7 @@ class Block(nn.Module):
             v = torch.cat((past_v[:, :S].flatten(0, 1), v), 2)
         y = attend(q, k, v, mask, self.softcap).unflatten(0, (B, -1))
         y = y.permute((0, 3, 1, 2, 4) if self.over_time else (0, 1, 3, 2, 4))
-        x = x + self.attn_out(y.reshape(B, T, S, D))
+        x = x + self.attn_out(y.flatten(-2))
         gate, value = self.mlp_in(self.norm2(x)).chunk(2, -1)
         x = x + self.mlp_out(F.silu(gate) * value)
         seen = (k.unflatten(0, (B, S)), v.unflatten(0, (B, S))) if self.over_time else None
@@ -251,8 +258,8 @@ class Block(nn.Module):
 
 
 class Cache:
-    """KV cache of a stream: `layers` maps the index of a time layer to its keys and values of the
-    last C frames, (B, S, G, U, E) each; `frames` counts all frames that went in."""
+    """KV cache of a stream: of every time layer the keys and values of the last C frames, twice
+    (B, S, G, U, E); and the number of all frames that went in."""
     def __init__(self):
         self.frames, self.layers = 0, {}
 
@@ -274,9 +281,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(layer.weight, std=(2 * depth * layer.in_features) ** -0.5)
 
     def forward(self, x, cache=None, write=False, separate=None):
-        """x (B, T, S, D) -> the same shape. cache: the stream that the frames of x continue (None:
-        they start one); write: they join it, as half-denoised frames must not. separate (B,) bool:
-        sequences whose frames see no past."""
+        """x (B, T, S, D) -> all groups of tokens but the first, which is not read. cache: the
+        stream that the frames of x continue (None: they start one); write: they join it, as
+        half-denoised frames must not. separate (B,) bool: sequences whose frames see no past."""
         B, T, S, D = x.shape
         start = 0 if cache is None else cache.frames
         query_pos = torch.arange(start, start + T, device=x.device)
@@ -286,15 +293,17 @@ class Transformer(nn.Module):
         whole = S == sum(count for _, count in self.groups)
         groups = self.groups if whole else self.groups[:-1]
         space, time = attention_masks(groups, query_pos, key_pos, self.context)
-        # In a single group every token sees every token: without a mask attention is faster.
-        space = None if len(groups) == 1 else space
+        # Where every token sees every token, attention is faster without a mask.
+        space = None if len({name for name, _ in groups}) == 1 else space
         if separate is not None:
             alone = torch.eye(T, dtype=torch.bool, device=x.device)
-            time = torch.where(separate[:, None, None], alone, time)  # (B, T, T)
-            time = time[:, None].expand(B, S, T, T).reshape(B * S, 1, T, T)
+            time = torch.where(separate[:, None, None, None], alone, time)  # (B, 1, T, T)
         for i, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers.get(i)
-            arguments = (x, time, query_pos, past) if block.over_time else (x, space)
+            # After the last layer nobody reads the first group of tokens.
+            unread = groups[0][1] if i == len(self.blocks) - 1 else 0
+            mask = time if block.over_time else space
+            arguments = (x, mask, query_pos, past, unread)
             if self.checkpointing and torch.is_grad_enabled():
                 x, seen = torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -343,11 +352,8 @@ class LossNorm(nn.Module):
                 for name, value in zip(losses, values):
                     getattr(self, name).lerp_(value.square(), 1 - self.decay)
             weight = self.weight.clamp(min=1e-8)
-        total = 0
-        for name, loss in losses.items():
-            rms = (getattr(self, name) / weight).sqrt().clamp(min=1e-8)
-            total = total + weights.get(name, 1.0) * loss / rms
-        return total
+        rms = {name: (getattr(self, name) / weight).sqrt().clamp(min=1e-8) for name in losses}
+        return sum(weights.get(name, 1.0) * loss / rms[name] for name, loss in losses.items())
 
 
 # ---- 1. Causal tokenizer (section 3.1) -----------------------------------------------------------
@@ -402,15 +408,14 @@ class Tokenizer(nn.Module):
         mask (B, T, P) bool: patches replaced by the learned mask embedding, in training only;
         cache: the stream that the frames continue."""
         B, T = images.shape[:2]
-        N, D = self.latent_tokens.shape
         images = images.to(self.mask_token.dtype) * 2 - 1
         x = self.patch_in(self.patchify(images))  # (B, T, P, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = x + self.patch_pos.to(x.dtype)
-        latents = self.latent_tokens.to(x.dtype).expand(B, T, N, D)
-        x = self.encoder(torch.cat((x, latents), 2), cache, write=True)  # (B, T, P + N, D)
-        return torch.tanh(self.to_latent(x[:, :, -N:]).float())
+        latents = self.latent_tokens.to(x.dtype).expand(B, T, -1, -1)
+        x = self.encoder(torch.cat((x, latents), 2), cache, write=True)  # (B, T, N, D)
+        return torch.tanh(self.to_latent(x).float())
 
     def reconstruct(self, latents, cache=None):
         """As decode, but unclamped: the loss needs a gradient beyond [0, 1], too."""
@@ -418,8 +423,8 @@ class Tokenizer(nn.Module):
         x = self.from_latent(latents.to(self.mask_token.dtype))  # (B, T, N, D)
         x = x + self.latent_pos.to(x.dtype)
         queries = self.queries.to(x.dtype).expand(B, T, -1, -1)
-        x = self.decoder(torch.cat((x, queries), 2), cache, write=True)  # (B, T, N + P, D)
-        patches = self.patch_out(self.out_norm(x[:, :, N:])).float()
+        x = self.decoder(torch.cat((x, queries), 2), cache, write=True)  # (B, T, P, D)
+        patches = self.patch_out(self.out_norm(x)).float()
         return self.unpatchify((patches + 1) / 2)
 
     def decode(self, latents, cache=None):
@@ -508,13 +513,13 @@ def shortcut_forcing_loss(denoise, half_step, z1, noise, tau, d, k_max, rows=sli
 
 @torch.no_grad()
 def generate(denoise, z, k):
-    """K Euler steps of size d = 1/K from noise z to data, of the same shape (section 3.2).
-    denoise(z̃, τ, d) -> ẑ1, with floats τ and d."""
+    """K Euler steps of size d = 1/K from noise z (B, T, N, Z) to data (section 3.2).
+    denoise(z̃, τ, d) -> ẑ1; τ, d (B, T)."""
+    d = torch.full(z.shape[:2], 1 / k, device=z.device)
     for i in range(k):
-        tau, d = i / k, 1 / k
-        velocity = (denoise(z, tau, d) - z) / (1 - tau)
+        velocity = (denoise(z, i * d, d) - z) / (1 - i / k)
         # The last step, at τ = 1 - d, lands exactly on ẑ1: no evaluation at τ = 1 is missing.
-        z = z + velocity * d
+        z = z + velocity / k
     return z
 
 
@@ -538,8 +543,8 @@ class Dynamics(nn.Module):
         self.latent_in = linear(packed_channels, D)
         self.latent_pos = learned_embedding(self.packed, D)
         self.registers = learned_embedding(config.registers, D)
-        # The tokens of a frame: action, signal and step, latents, registers; then the agent.
-        groups = (("world", 2 + self.packed + config.registers), ("agent", 1))
+        # The tokens of a frame: action, signal and step, registers; latents; the agent.
+        groups = (("world", 2 + config.registers), ("world", self.packed), ("agent", 1))
         self.transformer = Transformer(
             D, config.depth, config.heads, config.kv_heads, groups, config.context, config)
         self.out_norm, self.latent_out = RMSNorm(D), linear(D, packed_channels)
@@ -570,14 +575,14 @@ class Dynamics(nn.Module):
         parts = [
             self.embed_actions(actions)[:, :, None],
             torch.cat((signal, step), -1)[:, :, None],
-            latents + self.latent_pos.to(dtype),
-            self.registers.expand(B, T, -1, -1)]
+            self.registers.expand(B, T, -1, -1),
+            latents + self.latent_pos.to(dtype)]
         if task_embedding is not None:
             parts.append(task_embedding.expand(B, -1)[:, None, None].expand(B, T, 1, -1))
         x = torch.cat([part.to(dtype) for part in parts], 2)  # (B, T, S, D)
         x = self.transformer(x, cache, write, separate)
         h = None if task_embedding is None else x[:, :, -1]
-        z1 = self.latent_out(self.out_norm(x[:, :, 2:2 + self.packed])).float()
+        z1 = self.latent_out(self.out_norm(x[:, :, :self.packed])).float()
         return z1.reshape(B, T, N, Z), h
 
     def draw(self, B, T, device=None):
@@ -659,16 +664,12 @@ class Dream:
 
     def step(self, action):
         """Dream the frame that the action (B, A) leads to. -> z (B, N, Z), h (B, D) or None."""
-        B, A = action.shape
-        c = self.dynamics.config
-        action = action[:, None]  # (B, 1, A)
+        c, action = self.dynamics.config, action[:, None]  # (B, 1, A)
 
         def denoise(z, tau, d):
-            tau = torch.full((B, 1), tau, device=z.device)
-            d = torch.full((B, 1), d, device=z.device)
             return self.dynamics.denoise(z, tau, d, action, cache=self.cache)[0]
 
-        noise = torch.randn(B, 1, c.latents, c.latent_channels, device=action.device,
+        noise = torch.randn(len(action), 1, c.latents, c.latent_channels, device=action.device,
                             generator=self.generator)
         z = generate(denoise, self.temperature * noise, self.k)
         h = self.observe(z, action)
@@ -692,11 +693,9 @@ def two_hot(x, bins):
     bins: ascending values. x beyond the outer bins counts as the outer bin."""
     x = x.clamp(bins[0], bins[-1])
     above = torch.searchsorted(bins, x.contiguous()).clamp(1, len(bins) - 1)
-    low, high = bins[above - 1], bins[above]
-    weight = ((x - low) / (high - low))[..., None]
-    one_hot_low = F.one_hot(above - 1, len(bins)).to(x.dtype)
-    one_hot_high = F.one_hot(above, len(bins)).to(x.dtype)
-    return one_hot_low * (1 - weight) + one_hot_high * weight
+    weight = (x - bins[above - 1]) / (bins[above] - bins[above - 1])
+    low, high = F.one_hot(torch.stack((above - 1, above)), len(bins)).to(x.dtype)
+    return low * (1 - weight[..., None]) + high * weight[..., None]
 
 
 def two_hot_mean(logits, bins):

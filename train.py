@@ -791,8 +791,11 @@ def evaluate(run, path, video):
         episode["latents"] = encode(tokenizer, episode["frames"])
     held_out = held_out_episodes(run, tokenizer, agent)
     model, health = measures.model_measures(tokenizer, agent, held_out, episodes, cfg, run.seed)
-    print0(f"[evaluate] {health}")
-    results |= {"episodes": len(episodes)} | model
+    for line in health:
+        print0(f"[evaluate] {line}")
+    totals = [episode["rewards"].sum() for episode in episodes]
+    lengths = [len(episode["rewards"]) - 1 for episode in episodes]
+    results |= {"episodes": len(episodes)} | measures.drives(totals, lengths, cfg) | model
     unknown = [name for name, value in results.items() if not np.isfinite(value)]
     if unknown:
         print0(f"[evaluate] the episodes are too short to measure {', '.join(unknown)}")

@@ -10,6 +10,11 @@ from assets.videos import decode, open_loop, random_windows
 from dreamer4 import Dream, imagine, lambda_returns
 
 
+# What is expected of a state may depend on how long no reward came: steps since the last unusual
+# one, ends included
+WAITING = {"0_2": (0, 2), "6_20": (6, 20), "21_60": (21, 60), "61_up": (61, 10 ** 9)}
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of uint8 frames (..., H, W, 3), averaged over the frames."""
     difference = a.astype(np.float32) - b.astype(np.float32)
@@ -31,30 +36,43 @@ def mean_return(episodes):
     return float(returns.mean()), float(returns.std(ddof=min(1, count - 1)) / count ** 0.5)
 
 
-@torch.no_grad()
-def predict_rewards(agent, episodes, chunk=32):
-    """Streams whole episodes through the agent, `chunk` frames at a time.
+def drives(returns, lengths, cfg):
+    """What a mean hides of the returns (n,) of episodes with `lengths` (n,) agent steps, a dict.
 
-    Returns predicted and real rewards of all frames but the first, two flat arrays.
+    CarRacing pays 1000 for all tiles together and -0.1 for a step of its own: that tells how many
+    were visited.
     """
-    predicted, real = [], []
-    device = next(agent.parameters()).device
-    for episode in episodes:
-        stream, pieces = agent.dream(k=1), []
-        for t in range(0, len(episode["rewards"]), chunk):
-            z = torch.as_tensor(episode["latents"][None, t:t + chunk], device=device)
-            actions = torch.as_tensor(episode["actions"][None, t:t + chunk], device=device)
-            h = stream.observe(z.float(), actions)
-            pieces.append(agent.reward(h)[0].cpu().numpy())
-        predicted.append(np.concatenate(pieces)[1:])
-        real.append(episode["rewards"][1:])
-    return np.concatenate(predicted), np.concatenate(real)
+    results = {"return_median": float(np.median(returns))}
+    if cfg.env.startswith("CarRacing"):
+        tiles = (np.array(returns) + 0.1 * cfg.action_repeat * np.array(lengths)) / 1000
+        results["share_below_500"] = float(np.mean(np.array(returns) < 500))
+        results["share_95_percent_of_tiles"] = float(np.mean(tiles >= 0.95))
+    return results
+
+
+@torch.no_grad()
+def predict_rewards(agent, episode, chunk=32):
+    """Streams a whole episode through the agent, `chunk` frames at a time -> rewards (T,)."""
+    device, pieces = next(agent.parameters()).device, []
+    stream = agent.dream(k=1)
+    for t in range(0, len(episode["rewards"]), chunk):
+        z = torch.as_tensor(episode["latents"][None, t:t + chunk], device=device)
+        actions = torch.as_tensor(episode["actions"][None, t:t + chunk], device=device)
+        h = stream.observe(z.float(), actions)
+        pieces.append(agent.reward(h)[0].cpu().numpy())
+    return np.concatenate(pieces)
+
+
+def predicted_and_real_rewards(agent, episodes):
+    """Of all frames of the episodes but their first, two flat arrays."""
+    predicted = [predict_rewards(agent, episode)[1:] for episode in episodes]
+    return np.concatenate(predicted), np.concatenate([e["rewards"][1:] for e in episodes])
 
 
 def reward_health(agent, data):
     """The agent phase's health report: a dict of numbers, and a list of lines. data: train.Data."""
     rewards = np.concatenate([e["rewards"][1:] for e in data.train])
-    predicted, real = predict_rewards(agent, data.held_out)
+    predicted, real = predicted_and_real_rewards(agent, data.held_out)
     share = float(data.is_unusual(rewards).mean())
     numbers = {"reward_corr": correlation(predicted, real), "reward_share": share}
     lines = [
@@ -144,6 +162,54 @@ def value_correlation(episodes, gamma):
     return correlation(values, returns)
 
 
+def steps_without_reward(rewards, usual):
+    """(T,) -> the steps since the last reward that is not the usual one, or since the start."""
+    since = np.zeros(len(rewards), int)
+    for t in range(1, len(rewards)):
+        is_unusual = abs(rewards[t] - usual) > 1e-3
+        since[t] = 0 if is_unusual else since[t - 1] + 1
+    return since
+
+
+def by_waiting(agent, episodes, cfg, rng, count=96):
+    """What the model expects and what comes, by how long no reward came. A dict, and lines.
+
+    episodes: played by this policy, with values. For every group in WAITING: the reward of the next
+    `horizon` steps, as dreamed, as the reward head reads it off the real frames, and as it came;
+    the value, and the discounted return that came. Means over up to `count` moments.
+    """
+    usual = float(np.median(np.concatenate([e["rewards"][1:] for e in episodes])))
+    C, H, device = cfg.rollout_context, cfg.horizon, next(agent.parameters()).device
+    moments = {name: [] for name in WAITING}
+    for episode in episodes:
+        since, rewards = steps_without_reward(episode["rewards"], usual), episode["rewards"]
+        predicted = predict_rewards(agent, episode)
+        values, returns = values_and_returns(episode, cfg.gamma)
+        # with a context behind it, and all that comes known
+        for t in range(C - 1, min(len(returns), len(rewards) - H)):
+            for name, (low, high) in WAITING.items():
+                if low <= since[t] <= high:
+                    future = slice(t + 1, t + 1 + H)
+                    sums = predicted[future].sum(), rewards[future].sum(), values[t], returns[t]
+                    moments[name].append((episode, slice(t + 1 - C, t + 1), sums))
+    results, lines = {}, []
+    for name, found in moments.items():
+        if not found:
+            continue
+        chosen = [found[i] for i in rng.permutation(len(found))[:count]]
+        z, actions = (torch.as_tensor(np.stack([e[key][window] for e, window, _ in chosen]),
+                                      device=device) for key in ("latents", "actions"))
+        rollout = imagine(agent, z.float(), actions, H, cfg.k, temperature=cfg.temperature)
+        dreamed = float(rollout["rewards"].sum(1).mean())
+        means = [dreamed, *np.mean([sums for *_, sums in chosen], 0).tolist()]
+        labels = ("dreamed", "predicted", "real", "value", "return")
+        results |= {f"{label}_{name}": x for label, x in zip(labels, means)}
+        numbers = ", ".join(f"{label} {x:.1f}" for label, x in zip(labels, means))
+        lines.append(f"{name.replace('_', ' to ')} steps without reward ({len(chosen)} moments), "
+                     f"reward of the next {H}: {numbers}")
+    return results, lines
+
+
 def imagined_and_real_reward(agent, episodes, rng, context, horizon, k, temperature):
     """Reward that the policy imagines, and really got, in the same `horizon` frames.
 
@@ -163,18 +229,20 @@ def imagined_and_real_reward(agent, episodes, rng, context, horizon, k, temperat
 
 def model_measures(tokenizer, agent, held_out, played, cfg, seed):
     """Of tokenizer and world model on held-out episodes, of value and dreams on those that the
-    policy played. Returns a dict of numbers, and the health report, a line."""
+    policy played. Returns a dict of numbers, and the health report, a list of lines."""
     scores = []
     for episode in held_out:
         reconstruction = decode(tokenizer, episode["latents"][None])[0]
         scores.append(psnr(episode["frames"], reconstruction))
     results = {"tokenizer_psnr": float(np.mean(scores))}
     results |= dream_measures(tokenizer, agent, held_out, np.random.default_rng(seed), cfg.k)
-    results["reward_corr"] = correlation(*predict_rewards(agent, held_out))
+    results["reward_corr"] = correlation(*predicted_and_real_rewards(agent, held_out))
     results["value_corr"] = value_correlation(played, cfg.gamma)
     imagined, real, count = imagined_and_real_reward(
         agent, played, np.random.default_rng(seed), cfg.rollout_context, cfg.horizon, cfg.k,
         cfg.temperature)
-    health = (f"health: over {count} steps from the same frames the policy imagines "
-              f"{imagined:.2f} and really gets {real:.2f}")
-    return results | {"imagined_reward": imagined, "real_reward": real}, health
+    results |= {"imagined_reward": imagined, "real_reward": real}
+    numbers, lines = by_waiting(agent, played, cfg, np.random.default_rng(seed))
+    lines.insert(0, f"health: over {count} steps from the same frames the policy imagines "
+                    f"{imagined:.2f} and really gets {real:.2f}")
+    return results | numbers, lines

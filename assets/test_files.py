@@ -724,6 +724,7 @@ def test_a_missing_phase_or_file_is_named(tmp_path, capsys, text, word):
     ("action space", "--phase dynamics --action_bins 3"),
     ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"),
     ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"),
+    ("not finished", "--phase dynamics --dynamics_steps 40 --tokenizer_steps 99"),
     ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
 def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(
         copied, capsys, word, text):
@@ -733,6 +734,16 @@ def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(
     # and it still goes on
     main(*ALL, "--run", copied)
     assert contents(copied) == before
+
+
+def test_a_run_takes_the_architecture_of_its_checkpoints(copied):
+    run = load_run(copied)
+    # as in a run whose config.json is of another preset
+    run.cfg.width, run.cfg.gamma = 64, 0.5
+    state = run.load("agent.pt")
+    assert run.cfg.width == state["config"]["width"] != 64
+    # what may change later is not of the architecture
+    assert run.cfg.gamma == 0.5
 
 
 @pytest.mark.parametrize("text", [

@@ -1,4 +1,5 @@
 """Tests of measures.py and videos.py: what is measured of a run, and the pictures it leaves."""
+import dataclasses
 import json
 import math
 
@@ -12,7 +13,8 @@ import train
 from assets import measures, videos
 from dreamer4 import Tokenizer, frozen
 # the fixtures among these work in a file that imports them
-from test_dreamer4 import config, copied, finished, main, read_episodes, seeded, signals
+from test_dreamer4 import (config, copied, finished, main, new_agent, read_episodes, seeded,
+                           signals)
 
 
 def test_psnr_by_hand():
@@ -36,6 +38,59 @@ def test_returns_by_hand():
     episode = {"rewards": rewards, "values": np.zeros(4), "terminal": True}
     _, returns = measures.values_and_returns(episode, 0.5)
     assert returns.tolist() == [3, 4, 4, 0]
+
+
+def test_drives_that_fail_and_tiles_that_were_visited_are_counted_in_carracing_only():
+    returns, lengths = [300.0, 850.0, 900.0, 860.0], [249, 249, 200, 249]
+    cfg = train.TrainConfig()
+    # 850 and 0.4 for each of 249 steps: 94.96 %; 900 and 80: 98 %; 860 and 99.6: 95.96 %
+    assert measures.drives(returns, lengths, cfg) == {
+        "return_median": 855, "share_below_500": 0.25, "share_95_percent_of_tiles": 0.5}
+    assert measures.drives(returns, lengths, train.TrainConfig(env="LunarLander-v3")) == {
+        "return_median": 855}
+
+
+def test_waiting_is_counted_from_the_last_reward_that_is_not_the_usual_one():
+    rewards = np.array([0, -0.1, -0.1, 3, -0.1, -0.1, -5, -0.1], np.float32)
+    assert measures.steps_without_reward(rewards, -0.1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_expectations_are_split_by_how_long_no_reward_came(monkeypatch):
+    cfg = train.TrainConfig(**dataclasses.asdict(config(gamma=0.9)), horizon=4, rollout_context=3)
+    agent, T, rng = frozen(new_agent(gamma=0.9)), 60, np.random.default_rng(0)
+    rewards = np.zeros(T, np.float32)
+    rewards[[5, 7, 30]] = 1, 2, 4
+    latents = rng.uniform(-1, 1, (T, cfg.latents, cfg.latent_channels)).astype(np.float16)
+    episode = {"rewards": rewards, "terminal": np.array(True), "latents": latents,
+               "actions": np.zeros((T, 2), np.int16), "values": np.arange(T, dtype=np.float32)}
+    # frames get noise before the agent sees them
+    torch.manual_seed(0)
+    results, lines = measures.by_waiting(agent, [episode], cfg, rng)
+    torch.manual_seed(0)
+    predicted = measures.predict_rewards(agent, episode)
+    returns = measures.values_and_returns(episode, 0.9)[1]
+    # between contexts of three frames and the last four
+    moments = {"0_2": [2, 5, 6, 7, 8, 9, 30, 31, 32], "6_20": [*range(13, 28), *range(36, 51)],
+               "21_60": [28, 29, *range(51, 56)]}
+    assert len(lines) == len(moments) and "real_61_up" not in results
+    for name, ts in moments.items():
+        for label, numbers in {
+                "real": [rewards[t + 1:t + 5].sum() for t in ts], "value": ts,
+                "predicted": [predicted[t + 1:t + 5].sum() for t in ts],
+                "return": [returns[t] for t in ts]}.items():
+            assert results[f"{label}_{name}"] == pytest.approx(np.mean(numbers), rel=1e-4)
+    # the dream goes on from the context's frames, actions and policy
+    calls = []
+
+    def noted(agent, z, actions, horizon, *args, **kwargs):
+        calls.append((z, horizon))
+        return {"rewards": torch.ones(len(z), horizon)}
+
+    monkeypatch.setattr(measures, "imagine", noted)
+    assert measures.by_waiting(agent, [episode], cfg, rng)[0]["dreamed_0_2"] == 4
+    last = torch.as_tensor(latents[moments["0_2"]]).float()
+    assert {tuple(z.flatten().tolist()) for z in calls[0][0][:, -1]} == {
+        tuple(z.flatten().tolist()) for z in last}
 
 
 def test_what_cannot_be_measured_is_null_and_said(finished, tmp_path, capsys):
