@@ -94,7 +94,8 @@ class Config:
     alpha: float = 0.5            # PMPO: weight of the good set (paper)
     beta: float = 0.3             # PMPO: weight of the KL to the cloned prior (paper)
     # Without annotation, so no field: unusual ranges, ends included; the usual ones are below.
-    ranges = {"registers": (0, 100), "bins": (2, 10 ** 6), "softcap": (0, 1e4), "beta": (0, 1e4)}
+    ranges = {"registers": (0, 100), "bins": (2, 10 ** 6), "softcap": (0, 1e4), "beta": (0, 1e4),
+              "depth": (1, 1000), "tokenizer_depth": (1, 1000), "image_size": (1, 4096)}
 
     @classmethod
     def range_of(cls, field):

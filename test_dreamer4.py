@@ -815,10 +815,10 @@ def test_a_copy_of_the_module_in_an_empty_folder_trains_imagines_and_acts(tmp_pa
 ALL = ("--preset", "tiny", "--rounds", 2, "--round_episodes", 2)
 
 
-def start(*arguments):
-    """python with these arguments, in a process of its own."""
+def start(*arguments, env={}):
+    """python with these arguments and environment variables, in a process of its own."""
     root = str(Path(train.__file__).parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root} | env
     return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

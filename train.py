@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from assets import bench, flags, measures, worlds
-from assets.checkpoints import FORMAT, load_checkpoint
+from assets.checkpoints import FORMAT, load_checkpoint, load_optimizers
 from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
                           is_main_process, limit_memory, load_episode, print0, to_json, write_file)
 from assets.muon import Muon
@@ -107,6 +107,8 @@ class TrainConfig(Config):
         super().__post_init__()
         if self.k & (self.k - 1) or self.k > self.k_max:
             raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
+        if self.shortcut_every > self.batch_size:
+            raise ValueError("config: shortcut_every must not exceed batch_size")
         if self.collect_episodes + (self.rounds - 1) * self.round_episodes > SEEDS_PER_RUN // 2:
             raise ValueError("config: collect_episodes and round_episodes are too many, of all "
                              f"rounds together more than {SEEDS_PER_RUN // 2}")
@@ -422,12 +424,7 @@ class Loop:
         self.optimizers = make_optimizers(model, lr, run.cfg.weight_decay, run.dtype)
         self.first_step, self.metrics = 0, {}
         if state and (state["round"], state["phase"]) == (run.round, phase):
-            try:
-                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                    optimizer.load_state_dict(saved)
-            except (KeyError, TypeError, ValueError) as error:
-                fail(f"{self.path} cannot be trained on: its optimizers are missing or damaged "
-                     f"({error!r}); use another --run")
+            load_optimizers(self.optimizers, state, self.path)
             self.first_step, self.metrics = state["step"], state.get("metrics", {})
         if run.cfg.compile:
             compile_blocks(model)
@@ -466,7 +463,8 @@ class Loop:
                      "step": self.step + 1, "seed": run.seed, "config": asdict(run.cfg),
                      "actions": json.dumps(run.actions), **self.extra, "finished": finished,
                      "metrics": {name: float(value) for name, value in self.metrics.items()},
-                     "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+                     "optimizers": [{"state": optimizer.state_dict()["state"]}
+                                    for optimizer in self.optimizers]}
             for name, module in zip(self.names, (self.model, self.ema)):
                 state[name] = module.state_dict()
             write_file(self.path, functools.partial(torch.save, state))
@@ -832,7 +830,7 @@ def main(arguments=None):
         signal.signal(number, lambda signum, _: STOP.append(signum))
     if args.phase in ("evaluate", "dream", "play", "bench"):
         # work for one process
-        if os.environ.get("RANK", "0") != "0":
+        if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
             return
     else:
         init_distributed(args.device)

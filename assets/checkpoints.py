@@ -15,6 +15,9 @@ from dreamer4 import Agent, Config, Dynamics, Tokenizer
 
 # Version of the files
 FORMAT = 1
+# What looking at contents that do not fit may raise
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError,
+           RuntimeError, RecursionError)
 # What each phase trains
 MODELS = {"tokenizer": Tokenizer, "dynamics": Dynamics, "agent": Agent, "imagination": Agent}
 
@@ -35,12 +38,13 @@ def load_checkpoint(path):
         reason = " ".join(str(error).split())[:200]
         fail(f"checkpoint {path} is damaged or no checkpoint ({reason}); restore it from a copy or "
              "delete it and train that phase again")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is not int or version != FORMAT:
         fail(f"checkpoint {path} is of another version (this code reads format {FORMAT}); "
              "train it again")
     try:
         check_contents(state)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except DAMAGED as error:
         fail(f"checkpoint {path}: its contents do not fit together ({describe(error)}); restore it "
              "from a copy or delete it and train that phase again")
     # older ones were written only once
@@ -49,10 +53,12 @@ def load_checkpoint(path):
 
 
 def check_contents(state):
-    """Raises a KeyError, TypeError, ValueError or AttributeError for what is missing or wrong."""
+    """Raises one of the errors in DAMAGED for what is missing or wrong."""
     for name in ("round", "step", "seed"):
-        if type(state[name]) is not int or state[name] < 0:
+        if type(state[name]) is not int or not 0 <= state[name] < 10 ** 9:
             raise ValueError(f"{name} is {state[name]!r}")
+    if {type(x) for x in state.get("metrics", {}).values()} - {float}:
+        raise ValueError(f"metrics are {state['metrics']}")
     config = Config(**{field.name: state["config"][field.name] for field in fields(Config)})
     actions = json.loads(state["actions"])
     if action_sizes(actions) != config.action_spec:
@@ -69,13 +75,48 @@ def check_contents(state):
     if state["phase"] == "imagination":
         needed.add("heads")
     for name in modules.keys() & {*state, *needed}:
+        check_numbers(state[name])
         found, wanted = shapes(state[name]), shapes(modules[name].state_dict())
-        # heads and prior: policy and value head only
-        fits = found.items() <= wanted.items() if name in ("heads", "prior") else found == wanted
-        if not fits:
+        if name in ("heads", "prior"):
+            wanted = {key: x for key, x in wanted.items() if key.startswith(("policy", "value"))}
+        # no imagination yet, so no prior
+        if found != wanted and (name, found) != ("prior", {}):
             raise ValueError(f"the weights of {name} are not those of phase and config")
+
+
+def check_numbers(weights):
+    """Raises ValueError for what is no tensor of a model, or has other than usual numbers."""
+    for name, x in weights.items():
+        if x.layout != torch.strided or x.is_nested or x.is_meta:
+            raise ValueError(f"{name} is a tensor of another kind")
+        # NaN is not below
+        if x.numel() and not x.abs().max() < 1e6:
+            raise ValueError(f"{name} has numbers that are not finite or very large")
 
 
 def shapes(weights):
     """Shape of every weight, and whether it is a floating-point number."""
     return {name: (tuple(x.shape), x.is_floating_point()) for name, x in weights.items()}
+
+
+def load_optimizers(optimizers, state, path):
+    """Momenta of a checkpoint -> the optimizers, whose rates and the like stay those of the code.
+
+    They must be those of the parameters: the fused AdamW writes to where they should be.
+    """
+    names = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+    try:
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            ours, momenta = optimizer.state_dict()["param_groups"], saved["state"]
+            parameters = optimizer.param_groups[0]["params"]
+            for i, entries in momenta.items():
+                check_numbers(entries)
+                wanted = {name: () if name == "step" else tuple(parameters[i].shape)
+                          for name in names[type(optimizer).__name__]}
+                found = {name: shape for name, (shape, _) in shapes(entries).items()}
+                if found != wanted or {x.dtype for x in entries.values()} != {torch.float32}:
+                    raise ValueError(f"{found} instead of {wanted}")
+            optimizer.load_state_dict({"state": momenta, "param_groups": ours})
+    except DAMAGED as error:
+        fail(f"{path} cannot be trained on: its optimizers are missing or damaged "
+             f"({describe(error)}); use another --run")

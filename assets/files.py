@@ -34,11 +34,14 @@ def describe(error):
 @contextlib.contextmanager
 def in_one_line():
     """Ends the program with one line where memory or a disk is full, whatever it was doing."""
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal that cannot show ± is no reason to stop
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except OSError as error:
         # a full disk while logging, for example
-        fail(error)
+        fail(f"{error}; is there room, may you write there, and is it no file, no device?")
     except (MemoryError, RuntimeError, ValueError) as error:
         # torch on CPUs and NumPy have no class of their own for it
         signs = ("allocate", "out of memory", "Storage size", "array is too big", "Maximum allowed")
@@ -83,7 +86,7 @@ def barrier():
 
 def init_distributed(device):
     """Joins the other processes, if torchrun has started several. device: of --device."""
-    if "WORLD_SIZE" not in os.environ:
+    if not dist.is_torchelastic_launched():
         return
     backend = "gloo"
     if device in ("auto", "cuda") and torch.cuda.is_available():
@@ -122,7 +125,7 @@ def write_file(path, write):
         with contextlib.suppress(OSError):
             temporary.unlink()
         fail(f"{path} could not be written ({error}); the file from before, if any, is intact. "
-             "Free some space and give the same command again")
+             "Free some space, or name a place where you may write, and try again")
 
 
 class Episode(dict):
@@ -135,10 +138,14 @@ class Episode(dict):
 def load_episode(path, cfg):
     """Reads and checks one episode file; the format is in the README."""
     try:
+        # a pipe would be waited for
+        if not Path(path).is_file():
+            raise ValueError("it is no file")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("frames", "actions", "rewards", "terminal")}
     except Exception as error:
-        fail(f"episode file {path} is damaged or no episode ({error}); delete it or make it again")
+        fail(f"episode file {str(path)!r} is damaged or no episode ({describe(error)}); delete it "
+             "or make it again")
     episode = Episode(arrays, source=(path, cfg))
     T, A = episode["rewards"].size, len(cfg.action_spec)
     wanted = {"frames": ((T, *cfg.image_size, 3), np.uint8), "actions": ((T, A), np.int16),

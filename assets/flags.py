@@ -5,6 +5,7 @@
 import argparse
 import inspect
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -76,6 +77,8 @@ def parse(arguments, description, presets, config):
                 group.add_argument(f"--{field.name}", type=flag_type(field), metavar="X",
                                    default=argparse.SUPPRESS, help=text)
     args = parser.parse_args(arguments)
+    if args.episodes is not None and not 1 <= args.episodes <= 50_000:
+        fail("--episodes must lie in 1 ... 50000")
     if not 5 <= args.length <= 10_000:
         fail("--length must lie in 5 ... 10000: four frames are context, memory holds the video")
     if args.record and Path(args.record).suffix not in (".gif", ".mp4"):
@@ -105,21 +108,36 @@ def saved_settings(args, folder):
         actions = json.loads(state["actions"])
         return {"config": state["config"], "actions": actions, "seed": state["seed"]}
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
+        # a pipe would be waited for
+        if not path.is_file():
+            raise ValueError("it is no file")
         saved = json.loads(path.read_text())
         saved["config"].keys()
         worlds.action_sizes(saved["actions"])
-        if type(saved["seed"]) is not int:
-            raise ValueError(f"seed is {saved['seed']!r}")
+        if type(saved["seed"]) is not int or type(saved["preset"]) is not str:
+            raise ValueError(f"seed is {saved['seed']!r}, preset is {saved['preset']!r}")
         return saved
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         fail(f"{path} is damaged ({describe(error)}); delete it and give the flags again")
 
 
+def check_episodes(args, folder, saved, overrides):
+    """Episodes that are there must go on being made as they were."""
+    if args.phase in ("collect", "all") and any(folder.glob("data/*.npz")):
+        for name in ("env", "env_kwargs", "action_bins", "action_repeat", "image_size"):
+            before = saved["config"].get(name, overrides.get(name))
+            before = tuple(before) if isinstance(before, list) else before
+            # data of a run without an environment may be of any
+            if before != "" and before != overrides.get(name, before):
+                fail(f"--{name} {overrides[name]}, but the episodes in {folder / 'data'} were made "
+                     f"with {before}; use another --run")
+
+
 def open_run(args, presets, config):
-    """The run that the command line names, with its settings. Four rules:
+    """The run that the command line names, with its settings. Five rules:
 
     1. The settings are those of --checkpoint or of the run's config.json, else the preset's.
     2. Every flag overrides one; but not another --preset, and not the architecture of a checkpoint
@@ -128,6 +146,7 @@ def open_run(args, presets, config):
        from), and one round, as nobody collects more.
     4. A new run asks its environment: image_size keeps the proportions of the frames, and actions
        are repeated as worlds.action_repeat says, unless a flag says otherwise.
+    5. A run that has episodes collects no others than such.
     """
     folder = run_folder(args)
     saved = saved_settings(args, folder)
@@ -153,8 +172,11 @@ def open_run(args, presets, config):
     if "action_spec" in overrides:
         actions = {"sizes": list(overrides["action_spec"])}
         overrides.setdefault("env", "")
+    if not is_new:
+        check_episodes(args, folder, saved, overrides)
+    spec = {} if actions is None else {"action_spec": worlds.action_sizes(actions)}
     try:
-        cfg = config(**saved["config"] | overrides)
+        cfg = config(**saved["config"] | overrides | spec)
     except ValueError as error:
         fail(error)
     except TypeError as error:

@@ -26,12 +26,15 @@ def encode_episodes(data, tokenizer, folder):
         check_stop()
         # .npz files carry checksums
         cached, T = folder / path.name, len(episode["rewards"])
+        wanted = ((T, data.cfg.latents, data.cfg.latent_channels), np.float16)
         try:
-            with np.load(cached, allow_pickle=False) as file:
-                episode["latents"] = file["latents"]
             outdated = cached.stat().st_mtime < path.stat().st_mtime
-            if len(episode["latents"]) != T or outdated:
-                raise ValueError("the latents of another episode")
+            if outdated or not cached.is_file():
+                raise ValueError("the latents of another episode, or none")
+            with np.load(cached, allow_pickle=False) as file:
+                latents = episode["latents"] = file["latents"]
+            if (latents.shape, latents.dtype) != wanted or not np.isfinite(latents).all():
+                raise ValueError("something else")
         except Exception:
             # not there, damaged in any way, or of an episode before
             latents = episode["latents"] = encode(tokenizer, episode["frames"])
@@ -40,7 +43,7 @@ def encode_episodes(data, tokenizer, folder):
                 write_file(cached, functools.partial(np.savez, latents=latents))
     if is_main_process():
         # nobody needs those of the tokenizer before
-        for old in set(folder.parent.glob("latents-*")) - {folder}:
+        for old in set(folder.parent.glob("latents-" + 8 * "[0-9a-f]")) - {folder}:
             shutil.rmtree(old)
     if count:
         print0(f"encoded {count} frames at {count / (time.time() - start):.0f} frames/s")

@@ -139,6 +139,13 @@ def dream_measures(tokenizer, agent, episodes, rng, k, context=4, ahead=16, coun
         "latent_mean_real": float(real.mean()), "latent_mean_dream": float(dreamed.mean())}
 
 
+def discounted_returns(rewards, values, gamma):
+    """Returns (T,) of every frame, from rewards (T,); after the last it is values[-1]."""
+    rewards, values = torch.as_tensor(rewards[None, 1:]), torch.as_tensor(values[None])
+    returns = lambda_returns(rewards, values, torch.ones_like(rewards), gamma, lam=1.0)
+    return np.append(returns[0].numpy(), values[0, -1].numpy())
+
+
 def values_and_returns(episode, gamma):
     """The value head's expectation and the discounted return that came, where that is known.
 
@@ -149,9 +156,7 @@ def values_and_returns(episode, gamma):
     known = T
     if not episode["terminal"]:
         known = T - min(round(2 / max(1 - gamma, 1e-6)), T // 2)
-    rewards = torch.as_tensor(episode["rewards"][None, 1:])
-    returns = lambda_returns(rewards, torch.zeros(1, T), torch.ones(1, T - 1), gamma, lam=1.0)
-    returns = np.append(returns[0].numpy(), np.float32(0))
+    returns = discounted_returns(episode["rewards"], np.zeros(T, np.float32), gamma)
     return episode["values"][:known], returns[:known]
 
 
@@ -176,7 +181,8 @@ def by_waiting(agent, episodes, cfg, rng, count=96):
 
     episodes: played by this policy, with values. For every group in WAITING: the reward of the next
     `horizon` steps, as dreamed, as the reward head reads it off the real frames, and as it came;
-    the value, and the discounted return that came. Means over up to `count` moments.
+    the value, and the discounted return that came (beyond a time limit at least 1 / (1 - γ) steps
+    ahead, the last value stands for it). Means over up to `count` moments.
     """
     usual = float(np.median(np.concatenate([e["rewards"][1:] for e in episodes])))
     C, H, device = cfg.rollout_context, cfg.horizon, next(agent.parameters()).device
@@ -184,9 +190,11 @@ def by_waiting(agent, episodes, cfg, rng, count=96):
     for episode in episodes:
         since, rewards = steps_without_reward(episode["rewards"], usual), episode["rewards"]
         predicted = predict_rewards(agent, episode)
-        values, returns = values_and_returns(episode, cfg.gamma)
-        # with a context behind it, and all that comes known
-        for t in range(C - 1, min(len(returns), len(rewards) - H)):
+        T, values = len(rewards), episode["values"].copy()
+        values[-1] *= not episode["terminal"]
+        returns = discounted_returns(rewards, values, cfg.gamma)
+        left = 0 if episode["terminal"] else min(round(1 / max(1 - cfg.gamma, 1e-6)), T // 2)
+        for t in range(C - 1, T - max(H, left)):
             for name, (low, high) in WAITING.items():
                 if low <= since[t] <= high:
                     future = slice(t + 1, t + 1 + H)

@@ -138,11 +138,16 @@ def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file
             assert not isinstance(e["latents"], np.memmap)
         return len(encoded)
 
-    first, second = (frozen(Tokenizer(config(image_size=(8, 8)))) for _ in range(2))
+    first, second = (frozen(Tokenizer(ticker())) for _ in range(2))
+    (tmp_path / "latents-of-mine").mkdir()
     assert [count(tokenizer) for tokenizer in (first, first, second, first)] == [3, 0, 3, 3]
     # those of the tokenizer before are gone
     [file] = tmp_path.glob("latents*/001.npz")
-    whole = file.read_bytes()
+    assert (tmp_path / "latents-of-mine").exists()
+    whole, right = file.read_bytes(), np.load(file)["latents"]
+    for wrong in (right[:, :-1], right[..., None], right.astype(np.float32), right * np.nan):
+        np.savez(file, latents=wrong)
+        assert [count(first), count(first)] == [1, 0]
     # one byte anywhere among the latents is enough
     for damaged in (b"", whole[:-9], flipped(whole), flipped(whole, 400)):
         file.write_bytes(damaged)
@@ -656,12 +661,12 @@ def test_the_help_shows_every_range(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [
-    "--image_size 1000000x1000000",
-    "--collect_episodes 1000000000", "--envs 1000000000", "--batch_size 1000000000",
+    "--image_size 1000000x1000000", "--depth 1000000", "--tokenizer_depth 1000000",
+    "--shortcut_every 1000000", "--collect_episodes 1000000000", "--envs 1000000000", "--batch_size 1000000000",
     "--rollouts 1000000000", "--k_max 1099511627776", "--hold 100000000000000000000"])
 def test_what_memory_cannot_hold_ends_in_one_line_and_leaves_nothing(tmp_path, capsys, text):
     name = text.split()[0].strip("-")
-    refused(capsys, tmp_path / "run", text, "memory" if name == "image_size" else name)
+    refused(capsys, tmp_path / "run", text, name)
     assert not (tmp_path / "run").exists()
 
 
@@ -712,7 +717,10 @@ def test_seeds_of_collection_and_evaluation_never_meet():
     ("--phase tokenizer", "--phase collect"), ("--phase dynamics", "--phase tokenizer"),
     ("--phase agent", "--phase tokenizer"), ("--phase imagination", "--phase agent"),
     ("--phase evaluate", "agent.pt"), ("--phase dream", "agent.pt"),
-    ("--phase evaluate --checkpoint no.pt", "no.pt"), ("--phase collect --policy no.pt", "no.pt")])
+    ("--phase evaluate --checkpoint no.pt", "no.pt"), ("--phase collect --policy no.pt", "no.pt"),
+    ("--phase collect --policy no.pt --episodes -3", "--episodes"),
+    ("--phase collect --policy no.pt --episodes 0", "--episodes"),
+    ("--phase collect --policy no.pt --episodes 50001", "--episodes")])
 def test_a_missing_phase_or_file_is_named(tmp_path, capsys, text, word):
     refused(capsys, tmp_path / "run", text, word)
 
@@ -724,6 +732,9 @@ def test_a_missing_phase_or_file_is_named(tmp_path, capsys, text, word):
     ("action space", "--phase dynamics --action_bins 3"),
     ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"),
     ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"),
+    ("--image_size", "--phase collect --collect_episodes 10 --image_size 32x32"),
+    ("--env", "--phase collect --collect_episodes 10 --env Ticker-v0"),
+    ("--action_repeat", "--rounds 3 --action_repeat 8"),
     ("not finished", "--phase dynamics --dynamics_steps 40 --tokenizer_steps 99"),
     ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
 def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(
@@ -747,11 +758,43 @@ def test_a_run_takes_the_architecture_of_its_checkpoints(copied):
 
 
 @pytest.mark.parametrize("text", [
-    "[]", '{"config": 3}', "{}", "{", '{"config": {}, "actions": true, "seed": 0}',
-    '{"config": {}, "actions": {"sizes": [5]}, "seed": "x"}'])
+    "[]", '{"config": 3}', "{}", "{", "[" * 10 ** 5, *(
+        json.dumps({"config": {}, "actions": {"sizes": [5]}, "seed": 0, "preset": "cpu"} | wrong)
+        for wrong in ({"actions": True}, {"seed": "x"}, {"preset": 5}))])
 def test_a_damaged_config_is_named(tmp_path, capsys, text):
     (tmp_path / "config.json").write_text(text)
     error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")
+
+
+@pytest.mark.parametrize("sizes", [["a", "b"], [0, 5], [2.5, 5], [10 ** 30, 5], None, []])
+def test_actions_of_a_config_that_are_none_are_named(tmp_path, capsys, sizes):
+    settings = {"config": {}, "actions": {"sizes": sizes}, "seed": 0, "preset": "cpu"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    error(capsys, lambda: main("--phase", "collect", "--run", tmp_path), "action_spec")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copied, capsys):
+    for path in (copied / "data/0000000001.npz", copied / "config.json"):
+        path.unlink()
+        os.mkfifo(path)
+        error(capsys, lambda: main("--phase", "dream", "--run", copied), path.name, "no file")
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x", "RANK": "nobody"}, {"RANK": "1"}])
+def test_variables_of_other_launchers_mean_nothing(finished, monkeypatch, capsys, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for phase in ("tokenizer", "dream"):
+        main("--phase", phase, "--run", finished, "--length", 9, "--record", finished / "x.gif")
+        assert f"[{phase}]" in capsys.readouterr().out
+    (finished / "x.gif").unlink()
+
+
+def test_a_terminal_that_cannot_show_a_sign_stops_nothing(finished):
+    process = start("-X", "utf8=0", train.__file__, "--help", env={"PYTHONIOENCODING": "ascii"})
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0 and "\\u03bb" in stdout and not stderr
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
@@ -859,6 +902,14 @@ def remove(name):
     return edit
 
 
+def spoil_a_weight(spoil):
+    """A checkpoint with one weight replaced by spoil(of it)."""
+    def edit(state):
+        name, x = state["ema"].popitem()
+        state["ema"][name] = spoil(x)
+    return edit
+
+
 def lose_a_weight(state):
     state["ema"].popitem()
 
@@ -874,7 +925,12 @@ def change_a_shape(state):
     edit_config(action_spec=(5, 6)), edit_config(gamma=float("nan")), edit_entry("config", [1]),
     edit_entry("ema", {}), edit_entry("ema", 3), edit_entry("ema", {"x": 3}),
     edit_entry("actions", "{}"), edit_entry("actions", "{"), edit_entry("round", -1),
-    edit_entry("step", "many"), edit_entry("phase", "sleep"), lose_a_weight, change_a_shape])
+    edit_entry("step", "many"), edit_entry("phase", "sleep"), lose_a_weight, change_a_shape,
+    edit_entry("round", 10 ** 30), edit_entry("metrics", [1]), edit_entry("metrics", {"x": "y"}),
+    edit_entry("actions", "[" * 10 ** 5), edit_config(depth=10 ** 6),
+    spoil_a_weight(lambda x: x * math.nan), spoil_a_weight(lambda x: x + 3e38),
+    spoil_a_weight(torch.Tensor.to_sparse), spoil_a_weight(lambda x: x.to("meta")),
+    spoil_a_weight(lambda x: torch.nested.nested_tensor([x]))])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_whose_contents_do_not_fit_together_is_named(
         finished, tmp_path, capsys, name, edit):
@@ -882,6 +938,14 @@ def test_a_checkpoint_whose_contents_do_not_fit_together_is_named(
     edit(state)
     torch.save(state, tmp_path / name)
     error(capsys, lambda: load_checkpoint(tmp_path / name), name, "do not fit together")
+
+
+def test_an_agent_whose_heads_are_incomplete_is_named(finished, tmp_path, capsys):
+    for name in ("heads", "prior"):
+        state = load(finished, "agent.pt")
+        state[name] = {"policy_head.layers.1.bias": state["heads"]["policy_head.layers.1.bias"]}
+        torch.save(state, tmp_path / "agent.pt")
+        error(capsys, lambda: load_checkpoint(tmp_path / "agent.pt"), name)
 
 
 @pytest.mark.parametrize("entry", ["heads", "tokenizer"])
@@ -903,6 +967,31 @@ def test_a_checkpoint_without_its_optimizers_is_not_trained_on(copied, capsys, o
     torch.save(state, copied / "agent.pt")
     more = ("--phase", "imagination", "--run", copied, "--imagination_steps", 9)
     error(capsys, lambda: main(*more), "agent.pt", "optimizers")
+
+
+@pytest.mark.parametrize("entries", [
+    {"exp_avg": torch.zeros(3)}, {"exp_avg": None}, {"step": torch.zeros(2)}, {"more": 1},
+    {"exp_avg": torch.full((), math.nan)}])
+def test_momenta_that_are_not_of_the_weights_are_refused(copied, capsys, entries):
+    state = load(copied, "tokenizer.pt")
+    momenta = state["optimizers"][0]["state"]
+    for i in momenta:
+        momenta[i] |= entries
+    torch.save(state, copied / "tokenizer.pt")
+    run = load_run(copied)
+    run.round, run.cfg.tokenizer_steps = 1, 31
+    error(capsys, lambda: train.train_tokenizer(run), "tokenizer.pt", "optimizers")
+
+
+def test_rates_of_a_checkpoint_are_not_taken(copied):
+    state = load(copied, "tokenizer.pt")
+    for optimizer in state["optimizers"]:
+        optimizer["param_groups"] = [{"lr": "high", "betas": 7}]
+    torch.save(state, copied / "tokenizer.pt")
+    run = load_run(copied)
+    run.round, run.cfg.tokenizer_steps = 1, 31
+    train.train_tokenizer(run)
+    assert load(copied, "tokenizer.pt")["step"] == 31
 
 
 @pytest.mark.parametrize("name, other", [("tokenizer.pt", "dynamics.pt"),

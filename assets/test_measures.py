@@ -55,23 +55,28 @@ def test_waiting_is_counted_from_the_last_reward_that_is_not_the_usual_one():
     assert measures.steps_without_reward(rewards, -0.1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
-def test_expectations_are_split_by_how_long_no_reward_came(monkeypatch):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_expectations_are_split_by_how_long_no_reward_came(monkeypatch, terminal):
     cfg = train.TrainConfig(**dataclasses.asdict(config(gamma=0.9)), horizon=4, rollout_context=3)
     agent, T, rng = frozen(new_agent(gamma=0.9)), 60, np.random.default_rng(0)
     rewards = np.zeros(T, np.float32)
     rewards[[5, 7, 30]] = 1, 2, 4
     latents = rng.uniform(-1, 1, (T, cfg.latents, cfg.latent_channels)).astype(np.float16)
-    episode = {"rewards": rewards, "terminal": np.array(True), "latents": latents,
+    episode = {"rewards": rewards, "terminal": np.array(terminal), "latents": latents,
                "actions": np.zeros((T, 2), np.int16), "values": np.arange(T, dtype=np.float32)}
     # frames get noise before the agent sees them
     torch.manual_seed(0)
     results, lines = measures.by_waiting(agent, [episode], cfg, rng)
     torch.manual_seed(0)
     predicted = measures.predict_rewards(agent, episode)
-    returns = measures.values_and_returns(episode, 0.9)[1]
-    # between contexts of three frames and the last four
-    moments = {"0_2": [2, 5, 6, 7, 8, 9, 30, 31, 32], "6_20": [*range(13, 28), *range(36, 51)],
-               "21_60": [28, 29, *range(51, 56)]}
+    # beyond a time limit, 59
+    returns = [sum(0.9 ** (i - t - 1) * rewards[i] for i in range(t + 1, T))
+               + 0.9 ** (T - 1 - t) * (0 if terminal else 59) for t in range(T)]
+    # between contexts of three frames and the last four, or ten before a time limit
+    end = 56 if terminal else 50
+    moments = {"0_2": [2, 5, 6, 7, 8, 9, 30, 31, 32],
+               "6_20": [*range(13, 28), *range(36, min(51, end))],
+               "21_60": [28, 29, *range(51, end)]}
     assert len(lines) == len(moments) and "real_61_up" not in results
     for name, ts in moments.items():
         for label, numbers in {
