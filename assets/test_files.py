@@ -419,6 +419,19 @@ def test_two_processes_have_the_gradients_and_losses_of_one_with_the_whole_batch
     assert_close(curves_of_two, curves, rtol=2e-3, atol=1e-5)
 
 
+def test_numbers_follow_from_seed_phase_round_and_step(tmp_path):
+    def numbers(seed=0, round=0, phase="agent", step=0):
+        run = Run(tmp_path, ticker(), seed, None)
+        run.round = round
+        drawn = run.seed_phase(phase, step).integers(2 ** 60)
+        return drawn, torch.rand(()).item()
+
+    first = numbers()
+    assert numbers() == first
+    for other in ({"seed": 1}, {"round": 1}, {"phase": "dynamics"}, {"step": 1}):
+        assert not set(numbers(**other)) & set(first)
+
+
 def test_the_gpu_preset_divides_among_eight_processes_and_other_batches_are_refused(
         tmp_path, monkeypatch, capsys):
     for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 8}.items():

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import imageio.v3 as imageio
 import numpy as np
@@ -96,6 +97,44 @@ def test_expectations_are_split_by_how_long_no_reward_came(monkeypatch, terminal
     last = torch.as_tensor(latents[moments["0_2"]]).float()
     assert {tuple(z.flatten().tolist()) for z in calls[0][0][:, -1]} == {
         tuple(z.flatten().tolist()) for z in last}
+
+
+def test_predicted_rewards_stand_beside_those_of_the_same_frames():
+    # a stream whose h is the latent, and whose reward is h
+    stream = types.SimpleNamespace(observe=lambda z, actions: z[:, :, 0])
+    agent = types.SimpleNamespace(
+        parameters=lambda: iter([torch.zeros(1)]), dream=lambda k: stream,
+        reward=lambda h: h[..., 0])
+    episodes = []
+    for T in (70, 5):
+        rewards = np.arange(T, dtype=np.float32)
+        episodes.append({"rewards": rewards, "actions": np.zeros((T, 2), np.int16),
+                         "latents": 2 * rewards[:, None, None].astype(np.float16)})
+        assert np.array_equal(measures.predict_rewards(agent, episodes[-1]), 2 * rewards)
+    predicted, real = measures.predicted_and_real_rewards(agent, episodes)
+    assert np.array_equal(predicted, 2 * real)
+    # no reward came with the first frame
+    assert len(real) == 69 + 4 and 0 not in real
+
+
+def test_dreams_with_other_actions_have_the_same_context(monkeypatch):
+    cfg, given = config(), []
+    tokenizer, agent = frozen(Tokenizer(cfg)), frozen(new_agent())
+    rng = np.random.default_rng(0)
+    episodes = [{
+        "frames": np.zeros((12, 12, 20, 3), np.uint8), "rewards": np.zeros(12, np.float32),
+        "latents": rng.uniform(-1, 1, (12, 4, 4)).astype(np.float16),
+        "actions": np.full((12, 2), i, np.int16)} for i in (0, 1)]
+
+    def noted(dream, z, actions, context):
+        given.append(actions)
+        return torch.as_tensor(z).float()
+
+    monkeypatch.setattr(measures, "open_loop", noted)
+    measures.dream_measures(tokenizer, agent, episodes, rng, k=1, context=4, ahead=6, count=4)
+    right, other = given[-2], given[-1]
+    assert np.array_equal(right[:, :4], other[:, :4])
+    assert (right[:, 4:] != other[:, 4:]).all()
 
 
 def test_what_cannot_be_measured_is_null_and_said(finished, tmp_path, capsys):
