@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer4
 import train
+from assets.files import describe, fail, in_one_line
 from assets.latents import encode_episodes
 from assets.measures import psnr
 from assets.run import Run
@@ -54,7 +56,7 @@ def velocity_weight(tau):
 
 SHORTCUT, FORCING = dreamer4.Dynamics, DiffusionForcing
 # name: model, changed settings, weight of the squared error in x-space, share of episodes with
-# actions, K to dream with
+# actions, K to dream with (at most the model's own k_max)
 VARIANTS = {
     "as in the preset": (SHORTCUT, {}, None, 1.0, (1, 2, 4, 8, 16, 64)),
     "diffusion forcing": (FORCING, {}, None, 1.0, (1, 2, 4, 8, 16, 64)),
@@ -73,6 +75,10 @@ VARIANTS = {
 }
 
 
+COLUMNS = ("variant", "steps", "K", "psnr", "psnr_other_actions", "copy_psnr", "std_ratio",
+           "minutes", "seed")
+
+
 class AblationRun(Run):
     """A run whose own files stay as they are."""
 
@@ -83,9 +89,9 @@ class AblationRun(Run):
         pass
 
 
-def new_tokenizer(run, data):
+def new_tokenizer(run, data, folder):
     """A tokenizer trained anew, for as long as in one round."""
-    folder = run.folder / f"ablation{run.cfg.mask_max}"
+    folder = folder / f"tokenizer{run.cfg.mask_max}"
 
     def load_data(_):
         return data
@@ -96,17 +102,20 @@ def new_tokenizer(run, data):
     return other.load_tokenizer()
 
 
-def measure(run, data, name, steps):
-    """Trains one variant -> rows (variant, K, figures)."""
+def measure(run, data, name, steps, folder):
+    """Trains one variant, with files in a folder for that -> rows (variant, K, figures)."""
     cls, changes, weight, labeled, ks = VARIANTS[name]
     cfg, ramp, began = run.cfg, dreamer4.ramp_weight, time.time()
     cfg.mask_max = changes.get("mask_max", cfg.mask_max)
-    tokenizer = new_tokenizer(run, data) if "mask_max" in changes else run.load_tokenizer()
+    if "mask_max" in changes:
+        tokenizer = new_tokenizer(run, data, folder)
+    else:
+        tokenizer = run.load_tokenizer()
     # only now: the tokenizer has the run's architecture
     for setting, value in changes.items():
         setattr(cfg, setting, value)
     cfg.dynamics_steps, cfg.save_seconds = steps, 1e9
-    encode_episodes(data, tokenizer, run.folder)
+    encode_episodes(data, tokenizer, folder)
     actions = [e["actions"] for e in data.train]
     for i, e in enumerate(data.train):
         # an even, fixed choice of episodes
@@ -114,7 +123,7 @@ def measure(run, data, name, steps):
             e["actions"] = np.full_like(e["actions"], -1)
     run.seed_phase("dynamics")
     model = cls(cfg)
-    run.folder = run.folder / "ablation"
+    run.folder = folder / "dynamics"
     loop = train.Loop(run, "dynamics", model, cfg.dynamics_lr)
     dreamer4.ramp_weight = weight or ramp
     for step in loop:
@@ -135,7 +144,7 @@ def measure(run, data, name, steps):
     other[:, :context] = batch["actions"][:, :context]
     # without labels there is nothing to give
     given = batch["actions"] if labeled else np.full_like(other, -1)
-    for k in ks:
+    for k in sorted({min(k, cfg.k_max) for k in ks}):
         scores = {}
         for label, chosen in (("psnr", given), ("psnr_other_actions", other)):
             torch.manual_seed(0)
@@ -147,27 +156,40 @@ def measure(run, data, name, steps):
                "minutes": round(minutes, 1), "seed": run.seed}
 
 
-def main():
+@in_one_line()
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--steps", type=int, default=600, help="training steps of every variant")
-    parser.add_argument("--only", help="variants whose name holds this text")
+    parser.add_argument("--only", default="", help="variants whose name holds this text")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/ablations.csv")
-    args = parser.parse_args()
-    for name in [name for name in VARIANTS if (args.only or "") in name]:
-        state = train.load_checkpoint(args.run / "tokenizer.pt")
-        cfg = train.TrainConfig(**state["config"])
-        run = AblationRun(args.run, cfg, state["seed"], json.loads(state["actions"]))
-        data = train.Data(cfg, args.run / "data")
-        for row in measure(run, data, name, args.steps):
-            print(row, flush=True)
-            new = not args.out.exists()
-            with open(args.out, "a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
+    args = parser.parse_args(arguments)
+    names = [name for name in VARIANTS if args.only in name]
+    if not names:
+        fail(f"--only {args.only}: no variant is called so; there are: {', '.join(VARIANTS)}")
+    if args.steps < 1:
+        fail("--steps must be at least 1")
+    state = train.load_checkpoint(args.run / "tokenizer.pt")
+    # the file is opened first: what cannot be written is not worth training for
+    with open(args.out, "a", newline="") as file, tempfile.TemporaryDirectory() as folder:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not file.tell():
+            writer.writeheader()
+            file.flush()
+        for name in names:
+            try:
+                cfg = train.TrainConfig(**state["config"])
+            except (TypeError, ValueError) as error:
+                fail(f"{args.run / 'tokenizer.pt'} is of another version ({describe(error)}); use "
+                     "the code that it was made with")
+            run = AblationRun(args.run, cfg, state["seed"], json.loads(state["actions"]))
+            data = train.Data(cfg, args.run / "data")
+            for row in measure(run, data, name, args.steps, Path(folder)):
+                print(row, flush=True)
                 writer.writerow(row)
+                file.flush()
 
 
 if __name__ == "__main__":

@@ -31,14 +31,28 @@ def describe(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def flush_output():
+    """Raises an OSError here where nobody reads the output, and not once more when Python ends."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 @contextlib.contextmanager
 def in_one_line():
     """Ends the program with one line where memory or a disk is full, whatever it was doing."""
-    for stream in (sys.stdout, sys.stderr):
+    # None where it is closed
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         # a terminal that cannot show ± is no reason to stop
         stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            flush_output()
     except OSError as error:
         # a full disk while logging, for example
         fail(f"{error}; is there room, may you write there, and is it no file, no device?")
@@ -112,9 +126,9 @@ def to_json(numbers):
 def write_file(path, write):
     """write(file) to a temporary name, then rename: a file is there as a whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.parent / f".{path.name}.part"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()

@@ -29,9 +29,10 @@ import imageio.v3 as imageio
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.files import describe, write_file
+from assets.files import describe, fail, in_one_line, write_file
 from assets.videos import resize
 from assets.worlds import CAMERA_BINS, camera_bin
+from dreamer4 import Config
 
 # Longer recordings become several episodes: train.py reads files as a whole
 LONGEST_EPISODE = 1000
@@ -57,9 +58,19 @@ DEGREES = 360 / 2400
 
 def read_frames(path, mode="passthrough"):
     """Streams a video: frames (H, W, 3) uint8, one at a time."""
+    # a pipe would be waited for
+    if not path.is_file():
+        raise ValueError(f"{path} is missing or no file")
     # "passthrough": every stored frame once, as actions need it; "cfr": an even rate, by repeating
     # or leaving out frames of videos that have none
     yield from imageio.imiter(path, plugin="FFMPEG", output_params=["-fps_mode", mode])
+
+
+def check_numbers(name, values):
+    """Raises ValueError unless an array holds real numbers that float32 can hold."""
+    # NaN is not below
+    if values.dtype.kind not in "biuf" or not (abs(values) <= np.finfo(np.float32).max).all():
+        raise ValueError(f"{name} must be real, finite numbers")
 
 
 # One function per format: a recording, size of the frames, --action_spec -> its action spec,
@@ -70,9 +81,10 @@ def minerl(path, size, spec):
     if "tempting_capers_shapeshifter-14" in str(path):
         raise ValueError("the minerl package leaves this recording out as damaged")
     metadata = path.with_name("metadata.json")
-    metadata = json.loads(metadata.read_text()) if metadata.exists() else {}
+    metadata = json.loads(metadata.read_text()) if metadata.is_file() else {}
     with np.load(path) as rendered:
         rewards = np.append(0, rendered["reward"])
+        check_numbers("reward", rewards)
         names = sorted(key.split("$")[1] for key in rendered if key.startswith("action$"))
         parts = [categories(name, rendered[f"action${name}"], names) for name in names]
     spec, columns = zip(*parts)
@@ -95,6 +107,7 @@ def minerl(path, size, spec):
 def categories(name, values, names):
     """One of an environment's actions `names` -> number of categories, category per step (T,)."""
     if name == "camera":
+        check_numbers("action$camera", values)
         return CAMERA_BINS ** 2, camera_bin(values) @ (CAMERA_BINS, 1)
     # MineRLNavigate has but one item
     is_navigate = name == "place" and "craft" not in names
@@ -109,7 +122,9 @@ def vpt(path, size, spec):
     """NAME.jsonl and NAME.mp4; the shorter of the two ends the recording."""
     # of a tick: the action, None if nothing was done; x and y of the cursor, None without a GUI
     ticks, attack_is_stuck, slot = [], False, 0
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    # splitlines() would also split at characters that JSON may hold
+    lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             tick = json.loads(line)
             mouse, keys, gui = tick["mouse"], tick["keyboard"]["keys"], tick["isGuiOpen"]
@@ -125,8 +140,10 @@ def vpt(path, size, spec):
             # the mouse wheel is not recorded, the slot it chose is (since recorder 6.11)
             before, slot = slot, tick.get("hotbar", slot)
             if slot != before:
-                action[f"hotbar.{slot + 1}"] = True
+                # a slot without a key is a KeyError
+                action[f"hotbar.{slot + 1}"] |= True
             turn = np.array([mouse["dy"], mouse["dx"]])
+            check_numbers("dx and dy", turn)
             is_null = not (any(action.values()) or turn.any())
             action |= {"ESC": False, "camera": camera_bin(turn * DEGREES) @ (CAMERA_BINS, 1)}
             cursor = (mouse["x"], mouse["y"]) if gui else None
@@ -191,9 +208,11 @@ def write_episodes(steps, target, name, terminal):
     return lengths
 
 
+@in_one_line()
 def main(arguments=None):
     """Converts all recordings; returns the exit code, 1 if some could not be read."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error = fail
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("source", type=Path, help="folder of the recordings, with subfolders")
     parser.add_argument("target", type=Path, help="folder of the episodes, such as runs/NAME/data")
@@ -201,18 +220,25 @@ def main(arguments=None):
     parser.add_argument("--action_spec", default="1", help="video: that of others in TARGET")
     args = parser.parse_args(arguments)
     read, pattern = FORMATS[args.format]
-    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", args.size):
-        parser.error(f"--size {args.size} is not height x width, such as 64x64")
-    size = tuple(map(int, args.size.split("x")))
+    try:
+        size, video_spec = (tuple(map(int, re.split("[x,]", text)))
+                            for text in (args.size, args.action_spec))
+        Config(image_size=size, action_spec=video_spec)
+    except ValueError as error:
+        fail(f"--size {args.size} or --action_spec {args.action_spec} cannot be ({error}); give "
+             "numbers such as 64x64 and 2,121")
     paths = sorted(args.source.rglob(pattern))
     if not paths:
-        parser.error(f"{args.source} holds no {pattern}")
+        fail(f"{args.source} holds no {pattern}; give the folder of the recordings")
     lengths, failed, spec = [], 0, None
     for number, path in enumerate(paths, 1):
         # with its subfolders: recordings of several folders may have the same name
         name = "-".join(path.relative_to(args.source).with_suffix("").parts)
         try:
-            sizes, terminal, steps = read(path, size, args.action_spec.split(","))
+            # a pipe would be waited for
+            if not path.is_file():
+                raise ValueError("it is no file")
+            sizes, terminal, steps = read(path, size, video_spec)
             spec = spec or sizes
             if sizes != spec:
                 raise ValueError(f"its action spec is {sizes}, before it was {spec}: such "
@@ -230,7 +256,7 @@ def main(arguments=None):
         print(f"error: {failed} of {len(paths)} recordings failed; mend or remove what is named "
               "above and give the same command again", file=sys.stderr, flush=True)
     if lengths:
-        print(f"python train.py --run {args.target.parent} --image_size {args.size} "
+        print(f"python train.py --run {args.target.parent} --image_size {size[0]}x{size[1]} "
               f"--action_spec {','.join(map(str, spec))}")
     return int(failed > 0)
 

@@ -4,12 +4,18 @@
     python assets/report.py runs/s0 runs/s1 runs/s2  # tables, assets/*.png, results/episodes.csv
     python assets/report.py                          # how the drives in results/episodes.csv went
 """
+import argparse
 import csv
+import functools
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from assets.files import describe, fail, in_one_line, write_file
 
 ASSETS = Path(__file__).parent
 EPISODES = ASSETS / "results/episodes.csv"
@@ -32,6 +38,70 @@ MEASURES = [
     ("value against the policy's real discounted returns, correlation", "value_corr"),
     ("reward over 16 steps from the policy's own frames, imagined", "imagined_reward"),
     ("the same, real", "real_reward")]
+# Phase, what its log calls it, title, scale
+CURVES = [
+    ("tokenizer", "mse", "tokenizer: mean squared error", "log"),
+    ("dynamics", "dynamics", "dynamics: weighted loss", "log"),
+    ("agent", "reward", "agent: reward loss", "linear"),
+    ("imagination", "return", "imagination: λ-return", "linear"),
+    ("imagination", "kl", "imagination: KL to the prior", "linear")]
+
+
+def read(path):
+    """A file's text."""
+    # a pipe would be waited for
+    if not path.is_file():
+        raise ValueError(f"{path} is missing or no file")
+    return path.read_text("utf-8")
+
+
+def read_rows(path):
+    return list(csv.DictReader(read(path).splitlines()))
+
+
+def returns(rows):
+    """Rows of episodes.csv -> {policy: return of every drive (n,)}."""
+    values = {}
+    for policy in POLICIES:
+        values[policy] = np.array([float(x["return"]) for x in rows if x["policy"] == policy])
+        if not len(values[policy]):
+            raise ValueError(f"no drive of the policy {policy!r}")
+    return values
+
+
+def curve(log, phase, key):
+    """Steps over all rounds (n,), and the smoothed numbers that were logged there (n,)."""
+    rows = [row for row in log if row["phase"] == phase and key in row and "step" in row]
+    if not rows:
+        raise ValueError(f"metrics.jsonl has no {key!r} of the {phase} phase")
+    steps = max(row["step"] for row in rows)
+    x = np.array([row["round"] * steps + row["step"] for row in rows])
+    y = np.array([row[key] for row in rows], float)
+    return x, np.array([y[max(0, i - 4):i + 5].mean() for i in range(len(y))])
+
+
+def read_run(folder):
+    """A finished run: its seed, numbers of eval.json, rows of episodes.csv, curves, rounds."""
+    try:
+        seed = json.loads(read(folder / "config.json"))["seed"]
+        evaluation = json.loads(read(folder / "eval.json"))
+        # null: the episodes were too short to measure it
+        result = {name: np.array(x, float).item() for name, x in evaluation.items()}
+        needed = {f"{policy}_{x}" for policy in POLICIES for x in ("mean", "se")}
+        if not needed <= result.keys():
+            raise ValueError(f"eval.json lacks {needed - result.keys()}")
+        result["neighbour_corr"] = neighbour_correlation(folder)
+        rows = read_rows(folder / "episodes.csv")
+        log = [json.loads(line) for line in read(folder / "metrics.jsonl").splitlines()]
+        curves = [curve(log, phase, key) for phase, key, *_ in CURVES]
+        rounds = {row["round"]: row["return_mean"] for row in log if row["phase"] == "collect"}
+        rounds[max(rounds) + 1] = result["return_mean"]
+        return {"seed": seed, "result": result, "rows": rows, "returns": returns(rows),
+                "curves": curves, "rounds": rounds}
+    except Exception as error:
+        # damaged files raise many kinds of errors
+        fail(f"{folder} is no finished run or damaged ({describe(error)}); give one in which "
+             "train.py has come to the end of its evaluation")
 
 
 def mean_and_error(values):
@@ -54,7 +124,8 @@ def table(names, results):
         cells = [f"{r[f'{policy}_mean']:.0f} ± {r[f'{policy}_se']:.0f}" for r in results]
         print(f"| {label} | " + " | ".join(cells) + f" | {mean:.0f} ± {error:.0f} |")
     header("held-out episodes", names)
-    for label, key in MEASURES:
+    # how many K were measured depends on a run's k_max
+    for label, key in [(label, key) for label, key in MEASURES if all(key in r for r in results)]:
         values = [r[key] for r in results]
         digits = 1 if max(map(abs, values)) >= 3 else 2
         mean, error = mean_and_error(values)
@@ -62,15 +133,15 @@ def table(names, results):
               + f" | {mean:.{digits}f} ± {error:.{digits}f} |")
 
 
-def drives(rows):
-    """How the drives of every policy went, over all training seeds. rows: of episodes.csv."""
+def drives(values):
+    """How the drives of every policy went, over all training seeds. values: of returns()."""
     print("\n| policy | drives | mean, error over drives | median | >= 850 | > 900 | < 500 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for policy, label in POLICIES.items():
-        values = np.array([float(row["return"]) for row in rows if row["policy"] == policy])
-        mean, error = mean_and_error(values)
-        counts = [(values >= 850).sum(), (values > 900).sum(), (values < 500).sum()]
-        print(f"| {label} | {len(values)} | {mean:.0f} ± {error:.0f} | {np.median(values):.0f} | "
+        x = values[policy]
+        mean, error = mean_and_error(x)
+        counts = [(x >= 850).sum(), (x > 900).sum(), (x < 500).sum()]
+        print(f"| {label} | {len(x)} | {mean:.0f} ± {error:.0f} | {np.median(x):.0f} | "
               + " | ".join(map(str, counts)) + " |")
 
 
@@ -92,15 +163,17 @@ def neighbour_correlation(folder, reach=4):
     return float(np.corrcoef(rows[held_out] @ weights, targets[held_out])[0, 1])
 
 
-def returns_figure(names, episodes):
+def write_figure(name, figure, **options):
+    write_file(ASSETS / name, functools.partial(figure.savefig, format="png", **options))
+
+
+def returns_figure(runs):
     """Return of the three policies for every seed: tracks are dots; mean and its 95 % interval."""
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 3.2))
     rng = np.random.default_rng(0)
-    for i in range(len(names)):
-        for j, policy in enumerate(POLICIES):
-            rows = [row for row in episodes[i] if row["policy"] == policy]
-            values = np.array([float(row["return"]) for row in rows])
+    for i, run in enumerate(runs):
+        for j, (policy, values) in enumerate(run["returns"].items()):
             x, color = i + 0.26 * (j - 1), COLORS[policy]
             spread = x + rng.uniform(-0.07, 0.07, len(values))
             axis.plot(spread, values, ".", color=color, alpha=0.35, ms=5, mew=0)
@@ -110,38 +183,27 @@ def returns_figure(names, episodes):
     for y, text in ((343, "DQN"), (429, "PPO, 4 M steps"), (906, "World Models")):
         axis.axhline(y, color="#bbbbbb", lw=0.8, ls="--", zorder=0)
         axis.text(-0.49, y + 8, text, fontsize=7, color="#777777")
-    axis.set_xticks(range(len(names)), [f"seed {name}" for name in names])
-    axis.set_xlim(-0.5, len(names) - 0.4)
+    axis.set_xticks(range(len(runs)), [f"seed {run['seed']}" for run in runs])
+    axis.set_xlim(-0.5, len(runs) - 0.4)
     axis.set_ylabel("return, real unseen tracks")
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.13))
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(ASSETS / "returns.png", dpi=130, bbox_inches="tight")
+    write_figure("returns.png", figure, dpi=130, bbox_inches="tight")
 
 
-def curves_figure(names, logs, results):
+def curves_figure(runs):
     """Losses, imagined returns and collected returns of every seed."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
-    panels = [("tokenizer", "mse", "tokenizer: mean squared error", "log"),
-              ("dynamics", "dynamics", "dynamics: weighted loss", "log"),
-              ("agent", "reward", "agent: reward loss", "linear"),
-              ("imagination", "return", "imagination: λ-return", "linear"),
-              ("imagination", "kl", "imagination: KL to the prior", "linear")]
-    for axis, (phase, key, title, scale) in zip(axes.flat, panels):
-        for name, log, color in zip(names, logs, SEEDS):
-            rows = [row for row in log if row["phase"] == phase and key in row and "step" in row]
-            steps = max(row["step"] for row in rows)
-            x = np.array([row["round"] * steps + row["step"] for row in rows])
-            y = np.array([row[key] for row in rows])
-            smooth = np.array([y[max(0, i - 4):i + 5].mean() for i in range(len(y))])
-            axis.plot(x, smooth, color=color, lw=1.1, label=f"seed {name}")
+    for i, (axis, (_, _, title, scale)) in enumerate(zip(axes.flat, CURVES)):
+        for run, color in zip(runs, SEEDS):
+            axis.plot(*run["curves"][i], color=color, lw=1.1, label=f"seed {run['seed']}")
         axis.set_yscale(scale)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
     axis = axes.flat[-1]
-    for name, log, result, color in zip(names, logs, results, SEEDS):
-        rounds = {row["round"]: row["return_mean"] for row in log if row["phase"] == "collect"}
-        rounds[max(rounds) + 1] = result["return_mean"]
+    for run, color in zip(runs, SEEDS):
+        rounds = run["rounds"]
         axis.plot(rounds.keys(), rounds.values(), "o-", color=color, lw=1.1, ms=4)
     middle = [f"round {r}" for r in range(1, len(rounds) - 1)]
     axis.set_xticks(range(len(rounds)), ["random", *middle, "final"])
@@ -150,36 +212,43 @@ def curves_figure(names, logs, results):
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=7)
-    figure.savefig(ASSETS / "curves.png", dpi=110)
+    write_figure("curves.png", figure, dpi=110)
 
 
-def read_rows(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+def write_rows(path, runs):
+    """The drives of all runs as one episodes.csv."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["training_seed", "policy", "track_seed", "return", "length"])
+    for run in runs:
+        writer.writerows([run["seed"], *row.values()] for row in run["rows"])
+    write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def main(folders):
-    import matplotlib
-    matplotlib.use("Agg")
-    results, names, logs = [], [], []
-    for folder in folders:
-        result = json.loads((folder / "eval.json").read_text())
-        results.append(result | {"neighbour_corr": neighbour_correlation(folder)})
-        names.append(str(json.loads((folder / "config.json").read_text())["seed"]))
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        logs.append([json.loads(line) for line in lines])
-    episodes = [read_rows(folder / "episodes.csv") for folder in folders]
-    table([f"seed {name}" for name in names], results)
-    with open(EPISODES, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["training_seed", "policy", "track_seed", "return", "length"])
-        for name, rows in zip(names, episodes):
-            writer.writerows([name, *row.values()] for row in rows)
-    returns_figure(names, episodes)
-    curves_figure(names, logs, results)
+@in_one_line()
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    runs = [read_run(folder) for folder in parser.parse_args(arguments).runs]
+    if runs:
+        table([f"seed {run['seed']}" for run in runs], [run["result"] for run in runs])
+        try:
+            import matplotlib
+        except ImportError as error:
+            fail(f"the figures need matplotlib ({error}): pip install matplotlib")
+        matplotlib.use("Agg")
+        write_rows(EPISODES, runs)
+        returns_figure(runs)
+        curves_figure(runs)
+    try:
+        values = returns(read_rows(EPISODES))
+    except Exception as error:
+        fail(f"{EPISODES} is missing or damaged ({describe(error)}); give the folders of finished "
+             "runs, which write it anew")
+    drives(values)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main([Path(folder) for folder in sys.argv[1:]])
-    drives(read_rows(EPISODES))
+    main()

@@ -2,6 +2,7 @@
 
     python assets/ship.py runs/cpu/agent.pt assets/carracing.pt
 """
+import argparse
 import functools
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from assets.checkpoints import load_checkpoint
-from assets.files import write_file
+from assets.files import fail, in_one_line, write_file
 
 NEEDED = ("format", "phase", "seed", "round", "step", "config", "actions", "tokenizer", "ema",
           "heads")
@@ -23,10 +24,23 @@ def half(value):
     return value.half() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    state = load_checkpoint(sys.argv[1])
+@in_one_line()
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("agent", type=Path, help="agent.pt of a run")
+    parser.add_argument("small", type=Path, help="file to write")
+    args = parser.parse_args(arguments)
+    state = load_checkpoint(args.agent)
+    if "tokenizer" not in state:
+        fail(f"checkpoint {args.agent} holds no agent; give agent.pt")
+    if args.small.exists() and (not args.small.is_file() or args.small.samefile(args.agent)):
+        fail(f"{args.small} is no file, or the agent itself; name another file to write")
     small = {name: half(state[name]) for name in NEEDED if name in state}
-    write_file(sys.argv[2], functools.partial(torch.save, small))
-    print(f"{sys.argv[2]}: {Path(sys.argv[2]).stat().st_size / 1e6:.1f} MB")
+    write_file(args.small, functools.partial(torch.save, small))
+    print(f"{args.small}: {args.small.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

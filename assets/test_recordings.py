@@ -2,7 +2,9 @@
 
     python -m pytest assets/test_recordings.py
 """
+import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from assets import recordings, worlds
 from assets.test_worlds import Old
-from test_dreamer4 import signals
+from test_dreamer4 import error, signals
 
 BUTTONS = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
 # What environments have besides buttons and the camera
@@ -183,6 +185,29 @@ def test_so_is_a_broken_file(make, pattern, reason, tmp_path, capfd):
     assert named.startswith(f"error: {broken.parent}") and reason in named
 
 
+@pytest.mark.parametrize("make, pattern", [
+    (minerl, "*.npz"), (minerl, "*.mp4"), (vpt, "*.jsonl"), (vpt, "*.mp4"), (video, "*.mp4")])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(make, pattern, tmp_path, capfd):
+    make(tmp_path)
+    [path] = tmp_path.rglob(pattern)
+    path.unlink()
+    os.mkfifo(path)
+    assert recordings.main([make.__name__, str(tmp_path), str(tmp_path / "data")]) == 1
+    assert "no file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["reward", "action$camera"])
+@pytest.mark.parametrize("value", [np.nan, 1j, 1e300, "1"])
+def test_minerls_numbers_are_real_and_finite(name, value, tmp_path, capfd):
+    minerl(tmp_path)
+    path = tmp_path / "v3_one/rendered.npz"
+    with np.load(path) as rendered:
+        arrays = dict(rendered)
+    np.savez(path, **arrays | {name: np.full(arrays[name].shape, value)})
+    assert recordings.main(["minerl", str(tmp_path), str(tmp_path / "data")]) == 1
+    assert f"{name} must be" in capfd.readouterr().err
+
+
 def test_a_minerl_video_with_too_few_frames_is_none(tmp_path, capfd):
     minerl(tmp_path)
     grey_video(tmp_path / "v3_one/recording.mp4", 19)
@@ -322,6 +347,26 @@ def test_vpts_mouse_wheel_is_a_change_of_the_hotbars_slot(tmp_path):
     assert episode["actions"].tolist() == [[-1] * 24, *map(pressed, names)]
 
 
+@pytest.mark.parametrize("lines", [
+    "", json.dumps(tick("w", hotbar=50)), json.dumps(tick("w", hotbar=-1)),
+    json.dumps(tick("w", dx=np.nan))])
+def test_a_tick_that_vpt_cannot_have_is_named(lines, tmp_path, capfd):
+    write_vpt(tmp_path, [tick("w")] * 3)
+    (tmp_path / "player.jsonl").write_text(lines)
+    assert recordings.main(["vpt", str(tmp_path), str(tmp_path / "data")]) == 1
+    assert "line 1 cannot be used" in capfd.readouterr().err
+
+
+def test_only_the_end_of_a_line_ends_a_tick(tmp_path):
+    write_vpt(tmp_path, [tick("w")] * 3)
+    line = json.dumps(tick("w", player="a\u2028b"), ensure_ascii=False) + "\n"
+    (tmp_path / "player.jsonl").write_text(line * 3, "utf-8")
+    assert recordings.main(["vpt", str(tmp_path), str(tmp_path / "data")]) == 0
+    [path] = (tmp_path / "data").iterdir()
+    with np.load(path) as episode:
+        assert len(episode["frames"]) == 3
+
+
 def test_vpts_escape_closes_a_gui_as_inventory_does_and_is_never_minerls_esc(tmp_path):
     ticks = [tick("escape", isGuiOpen=True), tick("escape w"), tick("w")]
     actions = convert_ticks(ticks, tmp_path)["actions"].tolist()
@@ -367,3 +412,13 @@ def test_size_and_the_action_spec_of_videos_are_options(tmp_path, capfd):
     [path] = target.iterdir()
     cfg = train.TrainConfig(image_size=(32, 48), action_spec=(3, 2), patch=16)
     assert (train.load_episode(path, cfg)["actions"] == -1).all()
+
+
+@pytest.mark.parametrize("option, values", [
+    ("--action_spec", ["x,y", "", "0,-3", "2.5"]), ("--size", ["axb", "", "0x64", "64", "9x9x9"])])
+def test_what_cannot_be_trained_with_is_refused(option, values, tmp_path, capsys):
+    video(tmp_path)
+    for value in values:
+        arguments = ["video", str(tmp_path), str(tmp_path / "data"), option, value]
+        error(capsys, functools.partial(recordings.main, arguments), option)
+    assert not (tmp_path / "data").exists()

@@ -1,0 +1,192 @@
+"""Tests of report.py, ship.py and ablations.py: what they leave alone, and what they refuse.
+
+    python -m pytest assets/test_scripts.py
+"""
+import csv
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from assets import ablations, recordings, report, ship
+from assets.checkpoints import load_checkpoint
+from assets.test_recordings import grey_video
+# the fixtures among these work in a file that imports them
+from test_dreamer4 import contents, copied, error, finished
+
+
+def refused(capsys, script, *arguments, words=()):
+    error(capsys, functools.partial(script.main, [*map(str, arguments)]), *words)
+
+
+@pytest.mark.parametrize("script", [ablations, recordings, report, ship])
+def test_a_script_has_a_help_and_names_a_bad_argument_in_one_line(script, capsys):
+    refused(capsys, script, "a", "b", "c", "--bogus", words=["argument"])
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    assert script.__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [recordings, report, ship])
+def test_output_that_nobody_reads_is_one_line(script, finished, tmp_path):
+    grey_video(tmp_path / "source/a.mp4", 3)
+    arguments = {recordings: ["video", tmp_path / "source", tmp_path / "data"], report: [],
+                 ship: [finished / "agent.pt", tmp_path / "small.pt"]}[script]
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, script.__file__, *arguments], stdout=writer, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    os.close(writer)
+    assert process.returncode == 2
+    [line] = process.stderr.splitlines()
+    assert line.startswith("error: ") and "Broken pipe" in line
+
+
+# --------------------------------------------------------------------------------------------------
+# report.py
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    """The folder that report.py writes to."""
+    folder = tmp_path / "assets"
+    monkeypatch.setattr(report, "ASSETS", folder)
+    monkeypatch.setattr(report, "EPISODES", folder / "episodes.csv")
+    return folder
+
+
+def test_without_matplotlib_the_tables_are_printed_and_nothing_is_written(
+        copied, assets, monkeypatch, capsys):
+    evaluation = json.loads((copied / "eval.json").read_text())
+    evaluation["value_corr"] = None
+    (copied / "eval.json").write_text(json.dumps(evaluation))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(copied)])
+    output = capsys.readouterr()
+    [line] = output.err.splitlines()
+    assert stop.value.code == 2
+    assert line.startswith("error: ") and "pip install matplotlib" in line
+    # the K that the tiny preset has
+    assert "K = 1" in output.out and "K = 4" in output.out and "K_max = 64" not in output.out
+    assert "discounted returns, correlation | nan |" in output.out
+    assert "the same, real |" in output.out
+    assert not assets.exists()
+
+
+def test_the_figures_and_the_drives_of_two_runs_are_written(finished, assets, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"seed": 7}))
+    report.main([str(finished), str(other)])
+    assert "| trained in dreams | 4 |" in capsys.readouterr().out
+    names = {"curves.png", "episodes.csv", "returns.png"}
+    assert {path.name for path in assets.iterdir()} == names
+    with open(assets / "episodes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(finished / "episodes.csv", newline="") as file:
+        drives = [row["return"] for row in csv.DictReader(file)]
+    assert [row["return"] for row in rows] == drives * 2
+    assert {row["training_seed"] for row in rows} == {"0", "7"}
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", '{"a": "b"}'])
+@pytest.mark.parametrize("name", ["config.json", "eval.json", "episodes.csv", "metrics.jsonl"])
+def test_a_run_with_a_missing_or_broken_file_is_named(copied, assets, capsys, name, text):
+    (copied / name).unlink()
+    if text is not None:
+        (copied / name).write_text(text)
+    refused(capsys, report, copied, words=[copied, "finished run"])
+    assert not assets.exists()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, Path.touch, lambda path: None])
+def test_what_is_no_run_is_named(assets, tmp_path, capsys, make):
+    make(tmp_path / "run")
+    refused(capsys, report, tmp_path / "run", words=[tmp_path / "run", "missing or no file"])
+
+
+@pytest.mark.parametrize("text", [None, "policy,return\nreturn,1\n"])
+def test_missing_or_broken_drives_are_named(assets, capsys, text):
+    if text is not None:
+        assets.mkdir()
+        report.EPISODES.write_text(text)
+    refused(capsys, report, words=[report.EPISODES])
+
+
+# --------------------------------------------------------------------------------------------------
+# ship.py
+
+def test_a_shipped_agent_is_a_checkpoint_in_half_precision(finished, tmp_path, capsys):
+    ship.main([str(finished / "agent.pt"), str(tmp_path / "small.pt")])
+    state = load_checkpoint(tmp_path / "small.pt")
+    assert {x.dtype for x in state["ema"].values() if x.is_floating_point()} == {torch.float16}
+    assert "optimizers" not in state and "model" not in state
+
+
+@pytest.mark.parametrize("small", ["", ".", "/", "/proc/x/y.pt", "agent.pt/x", "agent.pt", "data"])
+def test_where_an_agent_cannot_be_shipped_to_is_refused(copied, monkeypatch, capsys, small):
+    before = contents(copied)
+    monkeypatch.chdir(copied)
+    refused(capsys, ship, copied / "agent.pt", small)
+    assert contents(copied) == before
+
+
+def test_a_checkpoint_without_an_agent_is_not_shipped(finished, tmp_path, capsys):
+    small = tmp_path / "small.pt"
+    refused(capsys, ship, finished / "tokenizer.pt", small, words=["holds no agent"])
+    assert not small.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# ablations.py
+
+def test_ablations_dream_with_the_ks_of_the_model_and_leave_the_run_as_it_was(
+        copied, tmp_path, monkeypatch):
+    def few_windows(episodes, rng, count, length, original=ablations.random_windows):
+        return original(episodes, rng, 4, length)
+
+    # ablations.py replaces it
+    monkeypatch.setattr(train, "load_data", train.load_data)
+    monkeypatch.setattr(ablations, "random_windows", few_windows)
+    before, paths = contents(copied), sorted(copied.rglob("*"))
+    out = tmp_path / "out.csv"
+    names = ["the same without masking", "diffusion forcing"]
+    for name in names:
+        ablations.main([str(copied), "--steps", "1", "--only", name, "--out", str(out)])
+    assert contents(copied) == before and sorted(copied.rglob("*")) == paths
+    with open(out, newline="") as file:
+        rows = [(row["variant"], row["K"]) for row in csv.DictReader(file)]
+    # k_max of the tiny preset is 4
+    assert rows == [(names[0], "4"), (names[1], "1"), (names[1], "2"), (names[1], "4")]
+
+
+@pytest.mark.parametrize("option, value, word", [
+    ("--out", "/proc/x/o.csv", "/proc/x/o.csv"), ("--out", "/tmp", "/tmp"),
+    ("--out", "/dev/full", "space"), ("--only", "zzz", "as in the preset"),
+    ("--steps", 0, "at least 1"), ("--steps", -5, "at least 1")])
+def test_ablations_refuse_bad_options_before_they_train(
+        finished, tmp_path, monkeypatch, capsys, option, value, word):
+    monkeypatch.setattr(ablations, "measure", None)
+    arguments = ["--out", tmp_path / "out.csv", option, value]
+    refused(capsys, ablations, finished, *arguments, words=[word])
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_ablations_name_settings_that_this_version_does_not_know(copied, tmp_path, capsys):
+    state = torch.load(copied / "tokenizer.pt")
+    state["config"]["bogus"] = 1
+    torch.save(state, copied / "tokenizer.pt")
+    arguments = [copied, "--out", tmp_path / "out.csv"]
+    refused(capsys, ablations, *arguments, words=["tokenizer.pt", "bogus"])
