@@ -15,10 +15,8 @@
 A phase that is interrupted (Ctrl-C, SIGTERM, SIGKILL) continues when the same command is given
 again. Every field of the two configs (dreamer4.Config and TrainConfig below) is a flag.
 """
-import contextlib
 import functools
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -163,35 +161,37 @@ class PixelEnv(gym.Wrapper):
         bare = worlds.make(cfg.env, cfg.env_kwargs, cfg.action_bins)
         env = gym.wrappers.RepeatAction(bare, cfg.action_repeat)
         super().__init__(gym.wrappers.TimeLimit(env, cfg.episode_frames - 1))
-        if multiprocessing.parent_process():
-            # in a worker: OpenMP's threads do not survive a fork, and Ctrl-C is the main process's
-            torch.set_num_threads(1)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.image_size = cfg.image_size
         self.description = describe_actions(bare.action_space, cfg.action_bins)
-        self.action_space = gym.spaces.MultiDiscrete(action_sizes(self.description))
+        sizes = action_sizes(self.description)
+        if sizes != cfg.action_spec:
+            worlds.refuse(f"--env {cfg.env} has actions of {sizes} categories, but the run's "
+                          f"action_spec is {cfg.action_spec}; use another --run")
+        self.action_space = gym.spaces.MultiDiscrete(sizes)
         self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
         self.draw = None if worlds.is_picture(bare.observation_space) else bare.render
 
     def frame(self, observation):
         if self.draw:
             observation = self.draw()
-        self.last = resize(np.asarray(observation)[..., :3], self.image_size)
+        self.last = resize(worlds.picture(observation), self.image_size)
         return self.last
 
     def reset(self, seed=None, options=None):
-        self.end = None
+        self.end = (False, False)
         observation, _ = self.env.reset(seed=seed)
         return self.frame(observation), {}
 
     def step(self, indices):
-        if self.end:
+        if any(self.end):
             return self.last, 0.0, *self.end, {}
         action = to_action(self.description, indices)
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        if terminated or truncated:
-            self.end = (terminated, truncated)
-        return self.frame(observation), reward, terminated, truncated, {}
+        # float32 must hold sums of them as well
+        if not abs(reward) < 1e30:
+            raise ValueError(f"it gives a reward of {reward}")
+        self.end = bool(terminated), bool(truncated)
+        return self.frame(observation), reward, *self.end, {}
 
 
 class RandomPolicy:
@@ -263,23 +263,15 @@ def play(cfg, policy, seeds, done=()):
     seeds, count = list(seeds), min(cfg.envs, len(seeds))
     if not cfg.env:
         fail("this run learns from recorded data and has no environment; give --env")
-    # asked once, what cannot be played ends in one line; asked by every worker, in many
-    worlds.look_from_afar(cfg.env, cfg.env_kwargs, cfg.action_bins)
-
-    def make():
-        # workers make environments; this process, which they are forked from, but says their spaces
-        return PixelEnv(cfg) if multiprocessing.parent_process() else worlds.Spaces(cfg)
-
-    envs = gym.vector.AsyncVectorEnv([make] * count, autoreset_mode="Disabled")
-    with contextlib.closing(envs):
+    with worlds.in_processes(cfg.env, functools.partial(PixelEnv, cfg), count) as call:
         for start in range(0, len(seeds), count):
             # the last wave may repeat a seed
             wave = (seeds[start:] + [seeds[-1]] * count)[:count]
             if all(seed in done for seed in wave):
                 continue
             # no action led to the first frame, and no reward came with it
-            with worlds.errors_in_one_line(cfg.env):
-                frames, rewards = [envs.reset(seed=wave)[0]], [np.zeros(count)]
+            first, _ = zip(*call(PixelEnv.reset, wave))
+            frames, rewards = [np.array(first)], [np.zeros(count)]
             actions = [np.full((count, len(cfg.action_spec)), -1, np.int16)]
             lengths = np.zeros(count, int)
             policy.reset(wave)
@@ -287,8 +279,8 @@ def play(cfg, policy, seeds, done=()):
                 check_stop()
                 # the action that h_t chooses leads to frame t + 1, with which it is stored
                 actions.append(policy.act(frames[-1], actions[-1]))
-                with worlds.errors_in_one_line(cfg.env):
-                    frame, reward, terminated, truncated, _ = envs.step(actions[-1])
+                answers = call(PixelEnv.step, actions[-1])
+                frame, reward, terminated, truncated, _ = map(np.array, zip(*answers))
                 frames.append(frame)
                 rewards.append(reward)
                 lengths[(terminated | truncated) & (lengths == 0)] = len(frames)
@@ -775,11 +767,11 @@ def evaluate(run, path, video):
     seeds = [EVALUATION_SEEDS + run.seed * 1000 + i for i in range(cfg.eval_episodes)]
     results, rows = {}, ["policy,seed,return,length"]
     for name, policy in policies.items():
-        episodes = []
-        for seed, episode in play(cfg, policy, seeds):
-            episodes.append(episode)
-            total, steps = episode["rewards"].sum(), len(episode["frames"]) - 1
+        played = dict(play(cfg, policy, seeds))
+        for seed, episode in played.items():
+            total, steps = episode["rewards"].sum(), len(episode["rewards"]) - 1
             rows.append(f"{name},{seed},{total:.3f},{steps}")
+        episodes = list(played.values())
         mean, error = measures.mean_return(episodes)
         results |= {f"{name}_mean": mean, f"{name}_se": error}
         print0(f"[evaluate] {name}: {mean:.1f} ± {error:.1f} over {len(episodes)} episodes")
@@ -791,18 +783,11 @@ def evaluate(run, path, video):
     model, health = measures.model_measures(tokenizer, agent, held_out, episodes, cfg, run.seed)
     for line in health:
         print0(f"[evaluate] {line}")
-    totals = [episode["rewards"].sum() for episode in episodes]
-    lengths = [len(episode["rewards"]) - 1 for episode in episodes]
-    results |= {"episodes": len(episodes)} | measures.drives(totals, lengths, cfg) | model
-    unknown = [name for name, value in results.items() if not np.isfinite(value)]
-    if unknown:
-        print0(f"[evaluate] the episodes are too short to measure {', '.join(unknown)}")
     table = "\n".join(rows) + "\n"
     write_file(run.folder / "episodes.csv", lambda file: file.write(table.encode()))
-    shown = episodes[0]
-    reconstruction = decode(tokenizer, shown["latents"][None])[0]
-    write_video(video, np.concatenate((shown["frames"], reconstruction), 2), fps=20)
-    results["wall_s"] = time.time() - start
+    reconstruction = decode(tokenizer, episodes[0]["latents"][None])[0]
+    write_video(video, np.concatenate((episodes[0]["frames"], reconstruction), 2), fps=20)
+    results |= model | {"wall_s": time.time() - start}
     text = to_json({name: round(value, 4) for name, value in results.items()})
     # last: it says that the evaluation has finished
     write_file(run.folder / "eval.json", lambda file: file.write(f"{text}\n".encode()))

@@ -242,7 +242,9 @@ def model_measures(tokenizer, agent, held_out, played, cfg, seed):
     for episode in held_out:
         reconstruction = decode(tokenizer, episode["latents"][None])[0]
         scores.append(psnr(episode["frames"], reconstruction))
-    results = {"tokenizer_psnr": float(np.mean(scores))}
+    returns, lengths = zip(*((e["rewards"].sum(), len(e["rewards"]) - 1) for e in played))
+    results = {"episodes": len(played), **drives(returns, lengths, cfg)}
+    results["tokenizer_psnr"] = float(np.mean(scores))
     results |= dream_measures(tokenizer, agent, held_out, np.random.default_rng(seed), cfg.k)
     results["reward_corr"] = correlation(*predicted_and_real_rewards(agent, held_out))
     results["value_corr"] = value_correlation(played, cfg.gamma)
@@ -253,4 +255,6 @@ def model_measures(tokenizer, agent, held_out, played, cfg, seed):
     numbers, lines = by_waiting(agent, played, cfg, np.random.default_rng(seed))
     lines.insert(0, f"health: over {count} steps from the same frames the policy imagines "
                     f"{imagined:.2f} and really gets {real:.2f}")
+    if unknown := [name for name, value in results.items() if not np.isfinite(value)]:
+        lines.append(f"the episodes are too short to measure {', '.join(unknown)}")
     return results | numbers, lines

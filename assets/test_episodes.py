@@ -109,6 +109,13 @@ def test_the_longest_episode_is_a_time_limit_not_an_end(last_step, terminal):
     assert len(episode["frames"]) == 4 and episode["terminal"] == terminal
 
 
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf, 1e300, None, np.ones(2)], ids=str)
+def test_a_reward_that_is_no_number_ends_in_one_line(monkeypatch, capfd, reward):
+    step = Ticker.step
+    monkeypatch.setattr(Ticker, "step", lambda *args: (*step(*args)[:1], reward, *step(*args)[2:]))
+    error(capfd, lambda: list(train.play(ticker(), Count(), [7, 8])), "--env Ticker-v0 cannot be")
+
+
 def test_an_environment_whose_package_is_missing_or_whose_actions_are_unbounded(
         monkeypatch, capsys, tmp_path):
     for name in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:

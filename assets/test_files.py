@@ -779,7 +779,8 @@ def test_a_damaged_config_is_named(tmp_path, capsys, text):
     error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")
 
 
-@pytest.mark.parametrize("sizes", [["a", "b"], [0, 5], [2.5, 5], [10 ** 30, 5], None, []])
+@pytest.mark.parametrize("sizes", [["a", "b"], [0, 5], [2.5, 5], [10 ** 30, 5], None, [],
+                                   [3, 2], [5]])
 def test_actions_of_a_config_that_are_none_are_named(tmp_path, capsys, sizes):
     settings = {"config": {}, "actions": {"sizes": sizes}, "seed": 0, "preset": "cpu"}
     (tmp_path / "config.json").write_text(json.dumps(settings))

@@ -3,7 +3,10 @@ import functools
 import json
 import multiprocessing
 import os
+import select
+import signal
 import sys
+import time
 import types
 
 import gymnasium as gym
@@ -13,9 +16,9 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 from torch.testing import assert_close
 
 import train
-from assets import worlds
-from test_dreamer4 import error
-from test_episodes import Ticker, ticker
+from assets import files, worlds
+from test_dreamer4 import error, signals
+from test_episodes import Count, Ticker, ticker
 
 
 SPACES = [
@@ -274,12 +277,12 @@ def test_crafter_is_seeded_and_a_time_limit_is_no_death(monkeypatch):
             return frame, float(self.reward), True, {"discount": 1.0 - action}
 
     monkeypatch.setitem(sys.modules, "crafter", types.SimpleNamespace(Env=Crafter))
-    env = train.PixelEnv(ticker(env="CrafterReward-v1", action_repeat=1))
+    env = train.PixelEnv(ticker(env="CrafterReward-v1", action_repeat=1, action_spec=(17,)))
     assert worlds.action_sizes(env.description) == (17,)
     for seed, action in ((4, 0), (5, 1)):
         assert (env.reset(seed=seed)[0] == seed).all()
         assert env.step(np.array([action]))[1:4] == (1, action == 1, action == 0)
-    env = train.PixelEnv(ticker(env="CrafterNoReward-v1", action_repeat=1))
+    env = train.PixelEnv(ticker(env="CrafterNoReward-v1", action_repeat=1, action_spec=(17,)))
     env.reset(seed=4)
     assert env.step(np.array([0]))[1] == 0
 
@@ -310,17 +313,43 @@ def test_only_nested_and_binary_action_spaces_are_flattened_with_the_bins_asked_
         assert tuple(env.action_space.nvec) == codec(space, 7)[0]
 
 
-@pytest.mark.parametrize("space", [Box(-np.inf, 1, (2,)), Dict(a=Discrete(2), b=Box(-np.inf, 1))],
-                         ids=str)
-def test_an_unbounded_action_anywhere_is_refused_in_one_line(monkeypatch, capsys, space):
-    words = ("action space Box", "is not supported; bounded Box")
+HUGE, INT, UINT = np.finfo(float).max, np.iinfo(np.int64), np.iinfo(np.uint64)
+
+
+@pytest.mark.parametrize("space", [
+    Box(-np.inf, 1, (2,)), Dict(a=Discrete(2), b=Box(-np.inf, 1)),
+    # its width is not finite; floats do not hold the ends; no component
+    Box(-HUGE, HUGE, (2,), float), Box(INT.min, INT.max, (1,), np.int64),
+    Box(0, UINT.max, (1,), np.uint64), Box(-1, 1, (0,)), Tuple(()), Dict({}),
+    # episode files hold int16
+    Discrete(32768), Discrete(10 ** 9), MultiDiscrete([[2, 3], [4, 70000]]), None], ids=str)
+def test_actions_that_categories_cannot_stand_for_are_refused_in_one_line(
+        monkeypatch, capsys, space):
+    words = ("action space ", "is not supported; bounded Box")
     error(capsys, lambda: made(monkeypatch, space), *words)
+
+
+@pytest.mark.parametrize("space", [
+    Discrete(32767), Box(2, 2, (3,)), Box(-1, 1, (2,), np.float16), Box(0, 4, (2,), np.int8),
+    Box(-2 ** 51, 2 ** 51, (1,), np.int64),
+    Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (1,))], ids=str)
+def test_the_widest_action_spaces_go_to_their_ends(space):
+    sizes, to_action, _ = codec(space, 5)
+    for indices in ([0] * len(sizes), np.array(sizes) - 1):
+        assert space.contains(to_action(np.array(indices)))
+    if isinstance(space, Box):
+        assert to_action(np.array(sizes) - 1).tolist() == space.high.tolist()
 
 
 @pytest.mark.parametrize("name, kwargs, words", [
     ("Nowhere-v0", "{}", ["--env Nowhere-v0: "]),
-    ("CarRacing-v3", '{"bogus": 1}', ["--env_kwargs", "bogus", "does not fit CarRacing-v3: "]),
-    ("CarRacing-v3", "{", ["--env_kwargs { is not JSON"])])
+    ("CarRacing-v3", '{"bogus": 1}', ["--env CarRacing-v3 cannot be played", "bogus"]),
+    ("CarRacing-v3", "[1]", ["--env CarRacing-v3 cannot be played", "--env_kwargs"]),
+    ("CarRacing-v3", "{", ["--env_kwargs { is not JSON: "]),
+    # these are not the arguments' fault
+    ("a:b:c", "{}", ["--env a:b:c cannot be played (ValueError: "]),
+    (":", "{}", ["--env : cannot be played (ValueError: "]),
+    (".a:B-v0", "{}", ["--env .a:B-v0 cannot be played (TypeError: "])])
 def test_a_wrong_name_or_argument_ends_in_one_line_that_names_the_flag(
         capsys, name, kwargs, words):
     error(capsys, lambda: worlds.make(name, kwargs, 5), *words)
@@ -396,20 +425,155 @@ def test_no_environment_is_made_in_the_process_that_workers_are_forked_from(monk
     ("Foo-v0", ["--env Foo-v0: ", "--env package:id, for example minigrid:MiniGrid-"]),
     ("noname:Foo-v0", ["noname:Foo-v0 is not installed (No module named 'noname'",
                        "; install the package it is from"]),
-    ("Shown-v0", ["--env Shown-v0 shows no picture: "])])
-def test_what_cannot_be_played_ends_in_one_line_before_workers_start(
-        monkeypatch, capfd, env, words):
+    ("Shown-v0", ["--env Shown-v0 ", "it shows no picture"])])
+def test_what_cannot_be_played_ends_in_one_line(monkeypatch, capfd, env, words):
     # NetHack: text, drawn as text
     cfg = shown(monkeypatch, space=Dict(text=Box(0, 9, (5,))), observation={}, rendering="@...")
     cfg.env = env
     error(capfd, lambda: worlds.look_from_afar(env, "{}", 5), *words)
-    error(capfd, lambda: list(train.play(cfg, train.RandomPolicy(cfg, 0), [4, 5])), *words)
+    error(capfd, lambda: played(cfg), *words)
 
 
-def test_an_environment_that_breaks_its_process_is_named(monkeypatch, capfd):
-    monkeypatch.setattr(Shown, "reset", lambda self, **kwargs: os._exit(11))
-    cfg = shown(monkeypatch, space=Box(-1, 1, (4,)))
-    error(capfd, lambda: worlds.look_from_afar(cfg.env, "{}", 5), "Shown-v0", "exit code 11")
+def played(cfg):
+    return list(train.play(cfg, train.RandomPolicy(cfg, 0), [4, 5]))
+
+
+@pytest.mark.parametrize("rendering", [
+    np.zeros((0, 0, 3), np.uint8), np.zeros((0, 24, 3), np.uint8), DRAWN[..., :1], DRAWN[..., :2],
+    DRAWN[..., 0], DRAWN.transpose(2, 0, 1), DRAWN / 255, DRAWN.astype(object), DRAWN > 0, [DRAWN]],
+    ids=lambda x: f"{np.shape(x)}{np.asarray(x).dtype}")
+def test_only_a_picture_is_one(monkeypatch, capfd, rendering):
+    cfg = shown(monkeypatch, space=Box(-1, 1, (4,)), observation=np.zeros(4), rendering=rendering)
+    error(capfd, lambda: worlds.look_from_afar(cfg.env, "{}", 5), "--env Shown-v0", "no picture")
+    error(capfd, lambda: played(cfg), "--env Shown-v0", "no picture")
+
+
+def test_colors_may_be_any_integers_and_transparent():
+    x = np.array([[[-1, 0, 255, 9], [256, 1, 2, 9]]])
+    assert worlds.picture(x.tolist()).tolist() == [[[0, 0, 255], [255, 1, 2]]]
+    assert worlds.picture(DRAWN).dtype == worlds.picture(x).dtype == np.uint8
+
+
+def doing(monkeypatch, method, act):
+    """An environment that does something else in one of its methods."""
+    monkeypatch.setattr(Shown, method, lambda *args, **kwargs: act())
+    return shown(monkeypatch, space=pictures(16, 24), observation=SCREEN)
+
+
+@pytest.mark.parametrize("method", ["__init__", "reset", "step"])
+@pytest.mark.parametrize("what, words", [
+    (ValueError("one\ntwo"), "(ValueError: one two)"), (SystemExit(0), "(SystemExit: 0)"),
+    (SystemExit("one\ntwo"), "(SystemExit: one two)"), (KeyboardInterrupt(), "(KeyboardInterrupt:"),
+    (EOFError(), "(EOFError:"), (worlds.gym.error.Error("x"), "(Error: x)")], ids=repr)
+def test_whatever_an_environment_raises_ends_in_one_line(monkeypatch, capfd, method, what, words):
+    def act():
+        print("Warning: an old version", file=sys.stderr)
+        raise what
+
+    cfg = doing(monkeypatch, method, act)
+    error(capfd, lambda: played(cfg), "--env Shown-v0 cannot be played", words)
+    if method == "__init__":
+        error(capfd, lambda: worlds.look_from_afar(cfg.env, "{}", 5), "cannot be played", words)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("method", ["__init__", "reset", "step"])
+def test_an_environment_that_breaks_its_process_is_named(monkeypatch, capfd, method):
+    cfg = doing(monkeypatch, method, lambda: os._exit(11))
+    error(capfd, lambda: played(cfg), "--env Shown-v0 broke", "exit code 11")
+    if method == "__init__":
+        error(capfd, lambda: worlds.look_from_afar(cfg.env, "{}", 5), "Shown-v0", "exit code 11")
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("method", ["__init__", "step"])
+def test_memory_that_an_environment_does_not_get_is_named(monkeypatch, capfd, method):
+    cfg = doing(monkeypatch, method, lambda: np.zeros(10 ** 15))
+    error(capfd, lambda: files.in_one_line()(played)(cfg), "not enough memory", "7.11 PiB")
+
+
+@pytest.mark.parametrize("method", ["__init__", "reset", "step"])
+@pytest.mark.parametrize("act", [
+    lambda: time.sleep(1000), lambda: os.kill(os.getpid(), signal.SIGTERM)], ids=["hangs", "ends"])
+def test_at_a_signal_an_environment_is_left_that_hangs_or_ends_by_it(monkeypatch, method, act):
+    class Policy(train.RandomPolicy):
+        def act(self, frames, actions):
+            files.STOP.append(signal.SIGTERM)
+            return super().act(frames, actions)
+
+    monkeypatch.setattr(worlds, "PATIENCE", 0.1)
+    cfg = doing(monkeypatch, method, act)
+    works = [lambda: list(train.play(cfg, Policy(cfg, 0), [4, 5]))]
+    if method != "step":
+        files.STOP.append(signal.SIGTERM)
+    if method == "__init__":
+        works.append(lambda: worlds.look_from_afar(cfg.env, "{}", 5))
+    for work in works:
+        with pytest.raises(SystemExit) as stop:
+            work()
+        assert stop.value.code == 130 and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("act", [lambda: time.sleep(1000), lambda: 1 / 0])
+def test_an_environment_that_does_not_close_has_been_played(monkeypatch, capfd, act):
+    monkeypatch.setattr(worlds, "PATIENCE", 0.1)
+    cfg = doing(monkeypatch, "close", act)
+    assert len(played(cfg)) == 2
+    assert capfd.readouterr().err == "" and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("reward", [0.0, np.nan])
+def test_every_environment_is_closed(monkeypatch, tmp_path, reward):
+    cfg = doing(monkeypatch, "close", lambda: (tmp_path / str(os.getpid())).touch())
+    monkeypatch.setattr(Shown, "step", lambda self, action: (SCREEN, reward, False, False, {}))
+    with pytest.raises(SystemExit):
+        played(cfg)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def handlers(env, number):
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_ctrl_c_is_the_main_processs_and_workers_can_be_terminated(monkeypatch):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    with worlds.in_processes("Shown-v0", dict, 2) as call:
+        assert call(handlers, [0, 1]) == [[signal.SIG_IGN, signal.SIG_DFL]] * 2
+
+
+def test_too_few_file_handles_or_processes_end_in_one_line(monkeypatch, capfd):
+    original, pipes = multiprocessing.Pipe, []
+
+    def pipe():
+        pipes.append(1)
+        if len(pipes) > 1:
+            raise OSError(24, "Too many open files")
+        return original()
+
+    monkeypatch.setattr(multiprocessing, "Pipe", pipe)
+    cfg = shown(monkeypatch, space=pictures(16, 24), observation=SCREEN)
+    error(capfd, lambda: played(cfg), "--envs 2", "Too many open files")
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_the_main_process_even_if_it_is_killed(monkeypatch):
+    cfg = shown(monkeypatch, space=pictures(16, 24), observation=SCREEN)
+    read, write = os.pipe()
+
+    def main():
+        with worlds.in_processes(cfg.env, functools.partial(train.PixelEnv, cfg), 3) as call:
+            call(train.PixelEnv.reset, [4, 5, 6])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.Process(target=main)
+    process.start()
+    os.close(write)
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    # the other end is open as long as one of them lives
+    assert select.select([read], [], [], 10)[0] and os.read(read, 1) == b""
+    os.close(read)
 
 
 @pytest.mark.parametrize("native, wanted, patch, size", [

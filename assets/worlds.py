@@ -10,25 +10,41 @@ one component of 11 * 11 categories. Tuple, Dict and MultiBinary action spaces a
 Dict of observations the one that is a picture is taken; where none is, render() draws.
 """
 import contextlib
-import io
+import functools
 import json
 import math
 import multiprocessing
 import operator
 import os
+import signal
 import sys
+import time
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 from assets.car_racing import CarRacing
-from assets.files import describe, fail
+from assets.files import check_stop, describe, fail
 
 # VPT's camera: degrees per step, fine near 0 (μ-law)
 CAMERA_BINS, CAMERA_MAX, CAMERA_MU = 11, 10.0, 10.0
 # Frames without a screen. Of SDL's other driver for that, "dummy", highway_env thinks that nobody
 # looks: it draws nothing.
 NO_SCREEN = {"SDL_VIDEODRIVER": "offscreen", "MUJOCO_GL": "egl", "PYGLET_HEADLESS": "true"}
+# Seconds in which an environment may close itself before its process is killed
+PATIENCE = 5.0
+
+
+class Refused(Exception):
+    """What cannot be played and why, on its way from a worker to the main process."""
+
+
+def refuse(message):
+    """Ends the program with one line; a worker tells the main process, which ends."""
+    if multiprocessing.parent_process():
+        raise Refused(message)
+    fail(" ".join(message.split()))
 
 
 def camera_angle(index):
@@ -49,7 +65,7 @@ def describe_actions(space, bins):
     Index i of a component stands for low + i * step. A Box gets `bins` values per dimension, both
     ends included. Other spaces end the program.
     """
-    if isinstance(space, gym.spaces.Box) and space.is_bounded():
+    if isinstance(space, gym.spaces.Box) and is_bounded(space):
         low, sizes = space.low, np.full(space.shape, bins)
         step = (space.high.astype(float) - low) / (bins - 1)
         # rounding must not lead beyond the end
@@ -63,11 +79,21 @@ def describe_actions(space, bins):
         low, step = np.zeros(space.shape, int), np.ones(space.shape, int)
         sizes = np.full(space.shape, 2)
     else:
-        fail(f"action space {space} is not supported; bounded Box, Discrete, MultiDiscrete, "
-             "MultiBinary, Tuple and Dict are")
+        low, step, sizes = 0, 1, 0
+    # int16 holds the indices
+    if not 1 <= np.min(sizes, initial=32767) <= np.max(sizes, initial=0) <= 32767:
+        refuse(f"action space {space} is not supported; bounded Box (integers: up to 2**52), "
+               "Discrete, MultiDiscrete, MultiBinary, Tuple and Dict are, of at least one "
+               "component, each of at most 32767 categories")
     numbers = {"low": low, "step": step, "sizes": sizes}
     plain = {name: np.asarray(x).tolist() for name, x in numbers.items()}
     return plain | {"dtype": str(space.dtype)}
+
+
+def is_bounded(box):
+    """Whether a Box has ends, and floats hold them and what lies between them."""
+    limit = 2.0 ** (1023 if box.dtype.kind == "f" else 52)
+    return bool((np.abs([box.low, box.high], dtype=float) < limit).all())
 
 
 def action_sizes(description):
@@ -175,7 +201,7 @@ class OldGym(gym.Env):
         if kind == "Box":
             return gym.spaces.Box(space.low, space.high, space.shape, space.dtype)
         if kind not in ("Discrete", "Enum"):
-            fail(f"action space {space} is not supported for environments of the old interface")
+            refuse(f"action space {space} is not supported for environments of the old interface")
         return gym.spaces.Discrete(int(space.n))
 
     def old(self, space, action, name=None):
@@ -266,18 +292,20 @@ def make(name, kwargs, bins):
     prefix = next((prefix for prefix in FAMILIES if name.startswith(prefix)), None)
     make_it, package = FAMILIES.get(prefix, (make_gymnasium, None))
     try:
-        env = make_it(name, **json.loads(kwargs))
+        arguments = json.loads(kwargs)
+    except ValueError as error:
+        refuse(f"--env_kwargs {kwargs} is not JSON: {error}")
+    try:
+        env = make_it(name, **arguments)
     except ImportError as error:
         package = package or error.name
         advice = f"run: pip install {package}" if package else "install the package it is from"
-        fail(f"--env {name} is not installed ({error}); {advice}")
+        refuse(f"--env {name} is not installed ({error}); {advice}")
     except gym.error.UnregisteredEnv as error:
-        fail(f"--env {name}: {error} What another package registers is --env package:id, for "
-             "example minigrid:MiniGrid-Empty-5x5-v0")
-    except gym.error.Error as error:
-        fail(f"--env {name}: {error}")
+        refuse(f"--env {name}: {error} What another package registers is --env package:id, for "
+               "example minigrid:MiniGrid-Empty-5x5-v0")
     except (TypeError, ValueError) as error:
-        fail(f"--env_kwargs {kwargs} is not JSON or does not fit {name}: {error}")
+        refuse(cannot_be_played(name, error))
     seen = env.observation_space
     parts = seen.spaces if isinstance(seen, gym.spaces.Dict) else {}
     pictures = [key for key, part in parts.items() if is_picture(part)]
@@ -292,72 +320,122 @@ def make(name, kwargs, bins):
     return env
 
 
-class Spaces(gym.Env):
-    """What PixelEnv shows and takes, without an environment."""
+def picture(seen):
+    """What an environment shows -> (H, W, 3) uint8; what is no picture raises ValueError."""
+    array = np.asarray(seen)
+    has_colors = array.ndim == 3 and array.shape[2] in (3, 4) and array.size
+    if not has_colors or array.dtype.kind not in "iu":
+        raise ValueError("it shows no picture (H, W, 3) of integers, neither as just one of its "
+                         f"observations nor by render(), but {array.shape} of {array.dtype}")
+    return array[..., :3].clip(0, 255).astype(np.uint8)
 
-    def __init__(self, cfg):
-        self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
-        self.action_space = gym.spaces.MultiDiscrete(cfg.action_spec)
 
-
-def look(name, kwargs, bins):
-    """What must be known of an environment before it is played: its actions, its frames' (H, W).
-
-    What shows nothing ends the program.
-    """
-    env = make(name, kwargs, bins)
-    with contextlib.closing(env):
-        seen = env.observation_space
-        shape = seen.shape
-        # begun only where it must be: MineRL takes minutes
-        if not is_picture(seen):
-            env.reset(seed=0)
-            shape = np.shape(env.render())
-        if len(shape) != 3:
-            fail(f"--env {name} shows no picture: render() gives none, and of its observations not "
-                 "exactly one is one; choose an id, or --env_kwargs, with pixels")
-        return describe_actions(env.action_space, bins), shape[:2]
+def look(env, bins):
+    """What must be known of an environment before it is played: its actions, its frames' (H, W)."""
+    shape = env.observation_space.shape
+    # begun only where it must be: MineRL takes minutes
+    if not is_picture(env.observation_space):
+        env.reset(seed=0)
+        shape = picture(env.render()).shape
+    return describe_actions(env.action_space, bins), shape[:2]
 
 
 def look_from_afar(name, kwargs, bins):
     """look() in a process that ends: windows and OpenGL, once here, would not survive a fork."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.Process(target=send_look, args=(sender, name, kwargs, bins))
-    child.start()
-    sender.close()
-    try:
-        answer = receiver.recv()
-    except EOFError:
-        child.join()
-        fail(f"--env {name} broke its process (exit code {child.exitcode}) when it was made and "
-             "drawn; what is printed above, if anything, says why")
-    if isinstance(answer, str):
-        fail(answer)
-    return answer
-
-
-def send_look(sender, *args):
-    """Sends what look() returns, or what it fails with."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed), errors_in_one_line(args[0]):
-            answer = look(*args)
-    except SystemExit:
-        answer = printed.getvalue().splitlines()[-1].removeprefix("error: ")
-    sender.send(answer)
+    with in_processes(name, functools.partial(make, name, kwargs, bins), 1) as call:
+        return call(look, [bins])[0]
 
 
 @contextlib.contextmanager
-def errors_in_one_line(name):
-    """Whatever an environment raises, which is foreign code, ends the program with one line."""
+def in_processes(name, make_env, count):
+    """Environments, each in its own process; gives call(), which has each of them do something.
+
+    They are foreign code. Whatever it does there, raise, exit, crash or hang, the program ends with
+    one line, at the latest after Ctrl-C or SIGTERM, and no process is left.
+    """
+    pipes, processes = [], []
+
+    def call(function, *columns):
+        """[function(env, x, y, ...) of each environment]; columns: xs, ys, ..."""
+        for pipe, arguments in zip(pipes, zip(*columns)):
+            # where its process has ended, receive() says so
+            with contextlib.suppress(OSError):
+                pipe.send((function, arguments))
+        return [receive(*each) for each in zip(pipes, processes)]
+
+    def receive(pipe, process):
+        try:
+            while not pipe.poll(0.2):
+                check_stop()
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            process.join(PATIENCE)
+            check_stop()
+            refuse(f"--env {name} broke its process (exit code {process.exitcode}); what is "
+                   "printed above, if anything, says why")
+        if isinstance(answer, Refused):
+            refuse(str(answer))
+        if isinstance(answer, MemoryError):
+            # files.in_one_line knows what to say of it
+            raise answer
+        return answer
+
     try:
-        yield
-    except MemoryError:
-        # files.in_one_line knows what to say of it
-        raise
-    except Exception as error:
-        fail(f"--env {name} cannot be played ({describe(error)}); look at its packages and "
-             "--env_kwargs")
+        try:
+            for _ in range(count):
+                pipe, far = multiprocessing.Pipe()
+                pipes.append(pipe)
+                arguments = name, make_env, far, pipes
+                process = multiprocessing.Process(target=work, args=arguments, daemon=True)
+                process.start()
+                processes.append(process)
+                far.close()
+        except OSError as error:
+            refuse(f"--envs {count}: not as many processes can be started ({error}); make it less")
+        yield call
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        deadline = time.monotonic() + PATIENCE
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+
+
+def work(name, make_env, far, pipes):
+    """A process of in_processes(): makes an environment, does what comes from far until it ends."""
+    # copies of the main process's ends: while one is open, the other end does not see its end
+    for pipe in pipes:
+        pipe.close()
+    # Ctrl-C is the main process's; and OpenMP's threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    env = None
+    try:
+        # what a package warns of, it would warn of in every process
+        sys.stderr = open(os.devnull, "w")
+        env = make_env()
+        while True:
+            function, arguments = far.recv()
+            far.send(function(env, *arguments))
+    except BaseException as error:
+        if isinstance(error, MemoryError):
+            answer = MemoryError(describe(error))
+        else:
+            known = isinstance(error, Refused)
+            answer = error if known else Refused(cannot_be_played(name, error))
+        # also at the end, when nobody listens any more
+        with contextlib.suppress(OSError):
+            far.send(answer)
+    with contextlib.suppress(BaseException):
+        env.close()
+
+
+def cannot_be_played(name, error):
+    return (f"--env {name} cannot be played ({describe(error)}); look at its packages and "
+            "--env_kwargs")
 
 
 def action_repeat(name):
