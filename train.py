@@ -98,6 +98,8 @@ class TrainConfig(Config):
     save_seconds: float = 120.0     # time between checkpoints
     ranges = Config.ranges | {
         "action_bins": (2, 1000), "episode_frames": (2, 10 ** 6), "envs": (1, 500),
+        # longer ones would be deaf to Ctrl-C for minutes
+        "horizon": (1, 10 ** 4), "updates": (1, 1000),
         "warmup": (0, 10 ** 6), "value_steps": (0, 10 ** 6), "memory_gb": (0, 1e6),
         "temperature": (0, 100), "save_seconds": (0, 1e9)}
 

@@ -675,7 +675,8 @@ def test_the_help_shows_every_range(capsys, monkeypatch):
 
 @pytest.mark.parametrize("text", [
     "--image_size 1000000x1000000", "--depth 1000000", "--tokenizer_depth 1000000",
-    "--shortcut_every 1000000", "--collect_episodes 1000000000", "--envs 1000000000", "--batch_size 1000000000",
+    "--shortcut_every 1000000", "--collect_episodes 1000000000", "--envs 1000000000",
+    "--batch_size 1000000000",
     "--rollouts 1000000000", "--k_max 1099511627776", "--hold 100000000000000000000"])
 def test_what_memory_cannot_hold_ends_in_one_line_and_leaves_nothing(tmp_path, capsys, text):
     name = text.split()[0].strip("-")
