@@ -57,6 +57,8 @@ def check_contents(state):
     for name in ("round", "step", "seed"):
         if type(state[name]) is not int or not 0 <= state[name] < 10 ** 9:
             raise ValueError(f"{name} is {state[name]!r}")
+    if not state.get("finished", True) and state["step"] and not state["metrics"]:
+        raise ValueError("an unfinished phase has no metrics")
     if {type(x) for x in state.get("metrics", {}).values()} - {float}:
         raise ValueError(f"metrics are {state['metrics']}")
     config = Config(**{field.name: state["config"][field.name] for field in fields(Config)})

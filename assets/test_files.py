@@ -929,6 +929,10 @@ def lose_a_weight(state):
     state["ema"].popitem()
 
 
+def lose_the_metrics(state):
+    state["finished"], state["metrics"] = False, {}
+
+
 def change_a_shape(state):
     name, x = state["ema"].popitem()
     state["ema"][name] = x[None]
@@ -941,6 +945,7 @@ def change_a_shape(state):
     edit_entry("ema", {}), edit_entry("ema", 3), edit_entry("ema", {"x": 3}),
     edit_entry("actions", "{}"), edit_entry("actions", "{"), edit_entry("round", -1),
     edit_entry("step", "many"), edit_entry("phase", "sleep"), lose_a_weight, change_a_shape,
+    lose_the_metrics,
     edit_entry("round", 10 ** 30), edit_entry("metrics", [1]), edit_entry("metrics", {"x": "y"}),
     edit_entry("actions", "[" * 10 ** 5), edit_config(depth=10 ** 6),
     spoil_a_weight(lambda x: x * math.nan), spoil_a_weight(lambda x: x + 3e38),
