@@ -33,9 +33,9 @@ from assets import bench, flags, measures, worlds
 from assets.checkpoints import FORMAT, load_checkpoint, load_optimizers
 from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
                           is_main_process, limit_memory, load_episode, print0, to_json, write_file)
+from assets.latents import encode_episodes
 from assets.muon import Muon
 from assets.play import Player, serve
-from assets.latents import encode_episodes
 from assets.run import FILES, compile_blocks
 from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
                            write_video)
@@ -332,12 +332,10 @@ class Data:
         self.held_out = self.episodes[::10]
         self.train = [e for i, e in enumerate(self.episodes) if i % 10]
         self.recent = {id(e) for e in self.episodes[len(self.episodes) - recent:]}
-        rewards = np.concatenate([e["rewards"][1:] for e in self.train])
-        # in many tasks every step costs a little: what differs from that is news
-        self.usual_reward = float(np.median(rewards))
+        self.usual_reward = measures.usual_reward(self.train)
 
     def is_unusual(self, rewards):
-        return np.abs(rewards - self.usual_reward) > 1e-3
+        return measures.is_unusual(rewards, self.usual_reward)
 
     def sample(self, rng, B, T, names, rewarded_share=0.0):
         """B random windows of T frames of training episodes -> arrays (B, T, ...), and continues.

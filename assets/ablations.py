@@ -7,7 +7,6 @@ Every variant trains from the same seed, on the same episodes and latents, for t
 steps, and then dreams 16 frames open loop from 4 frames of held-out episodes. One seed each:
 differences of a few tenths of a decibel mean nothing.
 """
-import argparse
 import csv
 import json
 import sys
@@ -21,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer4
 import train
-from assets.files import describe, fail, in_one_line
+from assets.files import describe, fail, in_one_line, new_parser
 from assets.latents import encode_episodes
 from assets.measures import psnr
 from assets.run import Run
@@ -158,9 +157,7 @@ def measure(run, data, name, steps, folder):
 
 @in_one_line()
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--steps", type=int, default=600, help="training steps of every variant")
     parser.add_argument("--only", default="", help="variants whose name holds this text")

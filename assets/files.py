@@ -4,6 +4,7 @@ Files are written as a whole or not at all. What cannot be read ends the program
 says what is wrong, where, and what to do. Ctrl-C and SIGTERM are noted here, and looked at between
 two steps.
 """
+import argparse
 import contextlib
 import datetime
 import json
@@ -29,6 +30,14 @@ def fail(message):
 def describe(error):
     """An error's kind and text as part of one line, at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def new_parser(description):
+    """The command line of a script: argparse with errors of one line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.error = fail
+    return parser
 
 
 def flush_output():

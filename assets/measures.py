@@ -167,12 +167,20 @@ def value_correlation(episodes, gamma):
     return correlation(values, returns)
 
 
+def usual_reward(episodes):
+    """In many tasks every step costs a little: what differs from that is news."""
+    return float(np.median(np.concatenate([e["rewards"][1:] for e in episodes])))
+
+
+def is_unusual(rewards, usual):
+    return np.abs(rewards - usual) > 1e-3
+
+
 def steps_without_reward(rewards, usual):
     """(T,) -> the steps since the last reward that is not the usual one, or since the start."""
-    since = np.zeros(len(rewards), int)
+    since, unusual = np.zeros(len(rewards), int), is_unusual(rewards, usual)
     for t in range(1, len(rewards)):
-        is_unusual = abs(rewards[t] - usual) > 1e-3
-        since[t] = 0 if is_unusual else since[t - 1] + 1
+        since[t] = 0 if unusual[t] else since[t - 1] + 1
     return since
 
 
@@ -184,7 +192,7 @@ def by_waiting(agent, episodes, cfg, rng, count=96):
     the value, and the discounted return that came (beyond a time limit at least 1 / (1 - γ) steps
     ahead, the last value stands for it). Means over up to `count` moments.
     """
-    usual = float(np.median(np.concatenate([e["rewards"][1:] for e in episodes])))
+    usual = usual_reward(episodes)
     C, H, device = cfg.rollout_context, cfg.horizon, next(agent.parameters()).device
     moments = {name: [] for name in WAITING}
     for episode in episodes:

@@ -21,7 +21,6 @@ What differs from the loaders of minerl 0.4.4 and of OpenAI's Video-Pre-Training
 import json
 import re
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import imageio.v3 as imageio
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.files import describe, fail, in_one_line, write_file
+from assets.files import describe, fail, in_one_line, new_parser, write_file
 from assets.videos import resize
 from assets.worlds import CAMERA_BINS, camera_bin
 from dreamer4 import Config
@@ -211,8 +210,7 @@ def write_episodes(steps, target, name, terminal):
 @in_one_line()
 def main(arguments=None):
     """Converts all recordings; returns the exit code, 1 if some could not be read."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("source", type=Path, help="folder of the recordings, with subfolders")
     parser.add_argument("target", type=Path, help="folder of the episodes, such as runs/NAME/data")

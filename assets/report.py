@@ -4,7 +4,6 @@
     python assets/report.py runs/s0 runs/s1 runs/s2  # tables, assets/*.png, results/episodes.csv
     python assets/report.py                          # how the drives in results/episodes.csv went
 """
-import argparse
 import csv
 import functools
 import io
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.files import describe, fail, in_one_line, write_file
+from assets.files import describe, fail, in_one_line, new_parser, write_file
 
 ASSETS = Path(__file__).parent
 EPISODES = ASSETS / "results/episodes.csv"
@@ -227,9 +226,7 @@ def write_rows(path, runs):
 
 @in_one_line()
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     runs = [read_run(folder) for folder in parser.parse_args(arguments).runs]
     if runs:

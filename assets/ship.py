@@ -2,7 +2,6 @@
 
     python assets/ship.py runs/cpu/agent.pt assets/carracing.pt
 """
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from assets.checkpoints import load_checkpoint
-from assets.files import fail, in_one_line, write_file
+from assets.files import fail, in_one_line, new_parser, write_file
 
 NEEDED = ("format", "phase", "seed", "round", "step", "config", "actions", "tokenizer", "ema",
           "heads")
@@ -26,9 +25,7 @@ def half(value):
 
 @in_one_line()
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     parser.add_argument("agent", type=Path, help="agent.pt of a run")
     parser.add_argument("small", type=Path, help="file to write")
     args = parser.parse_args(arguments)
