@@ -52,7 +52,7 @@ def flush_output():
 
 @contextlib.contextmanager
 def in_one_line():
-    """Ends the program with one line where memory or a disk is full, whatever it was doing."""
+    """Ends the program with one line where memory or a disk is full, and quietly on Ctrl-C."""
     # None where it is closed
     for stream in filter(None, (sys.stdout, sys.stderr)):
         # a terminal that cannot show ± is no reason to stop
@@ -62,6 +62,9 @@ def in_one_line():
             yield
         finally:
             flush_output()
+    except KeyboardInterrupt:
+        # while train.py works, signals are only noted; a script just ends
+        raise SystemExit(130) from None
     except OSError as error:
         # a full disk while logging, for example
         fail(f"{error}; is there room, may you write there, and is it no file, no device?")

@@ -717,6 +717,12 @@ def test_full_memory_ends_in_one_line_and_other_errors_stay_what_they_are(capsys
         in_one_line()(broken)()
 
 
+def test_ctrl_c_in_a_script_ends_it_without_a_traceback():
+    with pytest.raises(SystemExit) as ended, in_one_line():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+
+
 def test_seeds_of_collection_and_evaluation_never_meet():
     last = flags.MAX_SEED * train.SEEDS_PER_RUN + train.SEEDS_PER_RUN - 1
     # four are played for contexts

@@ -98,6 +98,13 @@ def test_bins_of_a_box_are_even_from_end_to_end():
     assert [worlds.to_action(description, np.array([i]))[0] for i in range(4)] == [-1, 0, 1, 2]
 
 
+def test_bins_between_the_numbers_of_a_box_of_integers_mean_the_nearest_number():
+    description = worlds.describe_actions(Box(-2, 8, (1,), np.int64), 5)
+    # -2, 0.5, 3, 5.5, 8
+    actions = [worlds.to_action(description, np.array([i]))[0] for i in range(5)]
+    assert actions == [-2, 0, 3, 6, 8]
+
+
 RECORDED = {"sizes": [5]}
 
 

@@ -114,7 +114,9 @@ def to_action(description, indices):
     """Category indices (A,) -> an action of the described space."""
     low, step, sizes = (np.array(description[name]) for name in ("low", "step", "sizes"))
     action = low + np.reshape(indices, sizes.shape) * step
-    action = action.astype(description["dtype"])
+    # bins between the numbers of a Box of integers: the nearest one
+    is_between = action.dtype.kind == "f" and np.dtype(description["dtype"]).kind in "iu"
+    action = (np.rint(action) if is_between else action).astype(description["dtype"])
     return action if sizes.shape else action[()]
 
 
