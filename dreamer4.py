@@ -54,7 +54,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """Architecture and losses: what a checkpoint carries. 'ours' marks what the paper leaves open.
+    """Architecture and losses: what a checkpoint carries. 'ours' marks what is not the paper's.
     Values that cannot work raise a ValueError that names the field."""
     image_size: tuple[int, ...] = (64, 64)  # frame height and width in pixels (paper: 360 x 640)
     action_spec: tuple[int, ...] = (5, 5)   # categories of each action component; set by the env
@@ -93,7 +93,7 @@ class Config:
     lam: float = 0.95             # λ of the returns (Dreamer 3; the paper gives none)
     alpha: float = 0.5            # PMPO: weight of the good set (paper)
     beta: float = 0.3             # PMPO: weight of the KL to the cloned prior (paper)
-    # Without annotation, so no field: unusual ranges, ends included; the usual ones are below.
+    # Ranges that differ from those in range_of, ends included. No field: it has no annotation.
     ranges = {"registers": (0, 100), "bins": (2, 10 ** 6), "softcap": (0, 1e4), "beta": (0, 1e4),
               "depth": (1, 1000), "tokenizer_depth": (1, 1000), "image_size": (1, 4096)}
 
@@ -118,13 +118,13 @@ class Config:
             (len(self.image_size) == 2, "image_size must be height and width"),
             (self.action_spec, "action_spec must list category counts"),
             (self.k_max & (self.k_max - 1) == 0, "k_max must be a power of two"),
-            (self.depth >= self.time_every, "depth below time_every: no layer attends over time"),
+            (self.depth >= self.time_every, "depth must be at least time_every, for a time layer"),
             (self.latents % self.pack == 0, "latents must be a multiple of pack"),
             (self.heads % self.kv_heads == 0, "heads must be a multiple of kv_heads"),
             (self.width % (2 * self.heads) == 0, "width must be a multiple of 2 heads, for RoPE"),
             (self.tokenizer_width % (2 * self.tokenizer_heads) == 0,
              "tokenizer_width must be a multiple of 2 tokenizer_heads, for RoPE"),
-            (self.context_share < 1, "context_share below 1 leaves frames to denoise"),
+            (self.context_share < 1, "context_share must be below 1, to leave frames to denoise"),
         ]:
             if not ok:
                 raise ValueError(f"config: {what}")
@@ -218,7 +218,7 @@ class Block(nn.Module):
         hidden = math.ceil(width * 8 / 3 / 32) * 32
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False)
-        # Before RoPE: weights after it would make scores depend on absolute positions.
+        # Before RoPE: the norm's weights, if applied after it, would tie scores to positions.
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
@@ -226,7 +226,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask, pos=None, past=None, unread=0):
         """x (B, T, S, D) -> the same shape, and for time layers keys and values (B, S, G, U, E).
-        unread: so many tokens of a frame, its first, end here: others may see them, no more."""
+        unread: how many tokens, a frame's first, get no output; in space layers they are seen."""
         if self.over_time:
             x = x[:, :, unread:]
         B, T, S, D = x.shape
@@ -239,7 +239,7 @@ class Block(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.over_time:
             q, k = rope(q, pos), rope(k, pos)
-            # A mask of every sequence (B, 1, T, U) holds for all its tokens.
+            # A mask with a batch axis (B, 1, T, U) holds for all S tokens of its sequence.
             mask = mask if mask.dim() == 2 else mask.repeat_interleave(S, 0)
         else:
             x, q = x[:, :, unread:], q[:, :, unread:]
@@ -282,7 +282,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(layer.weight, std=(2 * depth * layer.in_features) ** -0.5)
 
     def forward(self, x, cache=None, write=False, separate=None):
-        """x (B, T, S, D) -> all groups of tokens but the first, which is not read. cache: the
+        """x (B, T, S, D) -> the same without the first group of tokens. cache: the
         stream that the frames of x continue (None: they start one); write: they join it, as
         half-denoised frames must not. separate (B,) bool: sequences whose frames see no past."""
         B, T, S, D = x.shape
@@ -474,7 +474,7 @@ def weighted_mean(x, weight):
 def bootstrap_target(denoise, z, tau, d, d_min):
     """Where two half steps lead, as the clean latents that one step of size d should hit (eq. 7).
     denoise(z̃, τ, d) -> ẑ1; z (B, T, N, Z); τ, d (B, T). The result at d_min is not to be used."""
-    # A frame at d_min has no half step. It is context only, and stays where it is (half = 0).
+    # A frame at d_min has no half step: it is there for the others, and stays (half = 0).
     half = torch.where(d > d_min, d / 2, 0.0)
     step = (d / 2).clamp(min=d_min)
     tau2 = tau + half
@@ -519,7 +519,7 @@ def generate(denoise, z, k):
     d = torch.full(z.shape[:2], 1 / k, device=z.device)
     for i in range(k):
         velocity = (denoise(z, i * d, d) - z) / (1 - i / k)
-        # The last step, at τ = 1 - d, lands exactly on ẑ1: no evaluation at τ = 1 is missing.
+        # The last step, at τ = 1 - d, lands exactly on ẑ1: none at τ = 1 is needed.
         z = z + velocity / k
     return z
 
@@ -595,7 +595,7 @@ class Dynamics(nn.Module):
         fine = torch.randint(0, c.k_max, (B, T), device=device) / c.k_max
         shortcut = (torch.arange(B, device=device) % c.shortcut_every == 0)[:, None]
         tau = torch.where(shortcut, tau, fine)
-        # Of frames with a past, a share is at the context level instead, as the past is in use.
+        # In sequences with a past, a share of the frames is at the context level, as in use.
         separate = torch.rand(B, device=device) < c.separate_images
         as_context = (torch.rand(B, T, device=device) < c.context_share) & ~separate[:, None]
         return {
@@ -744,7 +744,7 @@ class Head(nn.Module):
     def __init__(self, width, hidden, distances, outputs):
         super().__init__()
         self.distances, self.outputs = distances, outputs
-        # The last layer starts at zero: a uniform policy, rewards and values of 0.
+        # The last layer starts at zero: uniform policy, rewards and values of 0, c of 1/2.
         self.layers = nn.Sequential(
             RMSNorm(width), linear(width, hidden), RMSNorm(hidden), nn.SiLU(),
             linear(hidden, distances * outputs, zero=True))
@@ -835,7 +835,7 @@ class Agent(nn.Module):
         reward = -(two_hot(rewards, self.bin_values) * log_p).sum(-1)
         logits = self.continue_head(h)[..., 0]
         continue_ = F.binary_cross_entropy_with_logits(logits, continues, reduction="none")
-        # Means over all B T L, not over the valid ones: shards of a batch weigh the same.
+        # Means over all B T L, not over the valid ones: then DDP may average over processes.
         losses = {"dynamics": dynamics}
         for name, loss in (("policy", policy), ("reward", reward), ("continue_", continue_)):
             losses[name] = (loss * valid).mean()
@@ -845,7 +845,7 @@ class Agent(nn.Module):
     def imagination_loss(self, rollout, prior, policy_weight=1.0):
         """Phase 3: PMPO (eq. 11) for the policy, two-hot cross-entropy to the returns (eq. 10) for
         the value. Returns (loss, metrics). rollout: from imagine(); prior: frozen copy of the
-        cloned policy head; policy_weight 0 trains the value alone, until its advantages count."""
+        cloned policy head; policy_weight 0 trains the value alone: advantages need it first."""
         # The transformer is frozen: the heads train on the stored h, without the rollout's graph.
         c, h = self.config, rollout["h"]
         rewards, continues = rollout["rewards"], rollout["continues"]

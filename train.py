@@ -62,7 +62,7 @@ class TrainConfig(Config):
     collect_episodes: int = 240     # episodes of random interaction
     hold: int = 4                   # random actions are held for 1 ... hold steps, per component
     uniform_share: float = 0.25     # share of random episodes with a new action in every step
-    rounds: int = 1                 # rounds of collect -> agent -> imagination; later: by policy
+    rounds: int = 1                 # rounds of all phases (dynamics: first only; agent goes on)
     round_episodes: int = 80        # episodes that the policy collects in every later round
     policy_random: float = 0.1      # share of random actions when the policy collects
     batch_size: int = 32            # sequences per training step, over all processes
@@ -78,12 +78,12 @@ class TrainConfig(Config):
     mask_ramp: float = 0.5          # share of the first round in which masking ramps up from none
     dynamics_steps: int = 1200      # training steps of the dynamics
     agent_steps: int = 500          # training steps of agent finetuning, in every round
-    imagination_steps: int = 250    # rollouts of imagination training, in every round
-    rollouts: int = 64              # imagined sequences per step
+    imagination_steps: int = 250    # batches of rollouts in imagination, in every round
+    rollouts: int = 64              # imagined sequences in a batch
     rollout_context: int = 8        # real frames an imagined sequence starts from
     horizon: int = 16               # imagined frames, H
     updates: int = 4                # gradient steps on every batch of rollouts
-    value_steps: int = 30           # rollouts that train only the value head, at first
+    value_steps: int = 30           # first batches of a round, which train the value head only
     k: int = 4                      # denoising steps of a dreamed frame, K
     temperature: float = 1.0        # std of the noise dreams start from in the last round; rises
     tokenizer_lr: float = 1e-3      # peak rate of AdamW; matrices of the blocks: Muon with twice
@@ -92,7 +92,7 @@ class TrainConfig(Config):
     warmup: int = 50                # steps over which the learning rate rises
     cooldown: float = 0.3           # share of the steps, at the end, in which it falls to a tenth
     weight_decay: float = 0.01      # weight decay of the blocks' matrices
-    ema: float = 0.99               # decay of the averaged weights that everything is used with
+    ema: float = 0.99               # decay of the averaged weights, used but in imagination
     eval_episodes: int = 20         # real episodes per policy in evaluation
     compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
     save_seconds: float = 120.0     # time between checkpoints
@@ -286,7 +286,7 @@ def play(cfg, policy, seeds, done=()):
                 frames.append(frame)
                 rewards.append(reward)
                 lengths[(terminated | truncated) & (lengths == 0)] = len(frames)
-            moves = any((frame != frames[0][0]).any() for frame in frames)
+            moves = any((frame != frames[0]).any() for frame in frames)
             if isinstance(policy, RandomPolicy) and len(frames) > 8 and not moves:
                 fail(f"--env {cfg.env} shows the same picture in all {count * len(frames)} frames "
                      "of random actions; is it black? Look at what it draws")
@@ -383,9 +383,10 @@ def load_data(run):
 def make_optimizers(model, lr, weight_decay, dtype):
     """Muon for the matrices of the transformer blocks, AdamW for all else that is trained."""
     blocks = [block for block in model.modules() if isinstance(block, Block)]
-    matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
-    in_muon = set(map(id, matrices))
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in in_muon]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    in_blocks = {id(p) for block in blocks for p in block.parameters() if p.dim() == 2}
+    matrices = [p for p in trained if id(p) in in_blocks]
+    others = [p for p in trained if id(p) not in in_blocks]
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, lr, weight_decay, dtype))
@@ -538,11 +539,11 @@ def collect(run, policy_file=None, first=None, wanted=None):
     if len(done) == wanted:
         print0(f"[collect] finished before: the {wanted} episodes are there")
         return
-    seed = run.seed * 1000 + run.round
-    policy = RandomPolicy(cfg, seed)
+    policy_seed = run.seed * 1000 + run.round
+    policy = RandomPolicy(cfg, policy_seed)
     if policy_file:
         tokenizer, agent, _ = run.load_agent(policy_file)
-        policy = AgentPolicy(tokenizer, agent, cfg, seed, cfg.policy_random)
+        policy = AgentPolicy(tokenizer, agent, cfg, policy_seed, cfg.policy_random)
     start, frames, returns = time.time(), 0, []
     for seed, episode in play(cfg, policy, seeds, done):
         if not returns:
@@ -689,7 +690,7 @@ def train_imagination(run):
     agent.load_state_dict(begin, strict=False)
     agent = run.for_inference(agent)
     model = Imagination(agent)
-    # Loop loads the heads of a resumed phase; the prior, which Imagination copies here, stays.
+    # Loop loads the newest heads, those of a resumed phase; the prior, copied here, stays.
     extra = {"prior": begin, **{name: state[name] for name in ("tokenizer", "model", "ema")}}
     loop = Loop(run, "imagination", model, cfg.policy_lr, state, ("heads",), extra)
     # a beginner learns from easier dreams

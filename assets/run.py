@@ -99,6 +99,9 @@ class Run:
                 fail(f"{path} is a checkpoint of the {state['phase']} phase; it belongs into "
                      f"{FILES[state['phase']]}")
             self.take_architecture(state, path)
+            if "model" not in state:
+                fail(f"{path} was made for use (assets/ship.py) and cannot be trained on; "
+                     "use another --run")
         unfinished = state and state["phase"] == phase and state["step"] < self.steps(phase)
         if phase and (state is None or unfinished):
             fail(f"{path} is {'not finished' if state else 'missing'}; run first: "
@@ -173,7 +176,7 @@ class Run:
         """Seeds torch for a phase, or one step of it, whatever ran before; returns a NumPy rng.
 
         The numbers follow from (seed, phase, round, step) and are equal on all processes: so a
-        resumed run draws what it would have drawn. A phase begins with the numbers of step 0.
+        resumed run draws what it would have drawn. Without a step: those of step 0.
         """
         numbers = (self.seed, PHASES.index(phase), self.round, *step)
         sequence = np.random.SeedSequence(numbers)

@@ -135,6 +135,16 @@ def test_a_shipped_agent_is_a_checkpoint_in_half_precision(finished, tmp_path, c
     assert "optimizers" not in state and "model" not in state
 
 
+@pytest.mark.parametrize("more", [("--imagination_steps", 9), ("--rounds", 3)])
+def test_a_shipped_agent_is_not_trained_on(copied, capsys, more):
+    ship.main([str(copied / "agent.pt"), str(copied / "small.pt")])
+    (copied / "small.pt").replace(copied / "agent.pt")
+    shipped = (copied / "agent.pt").read_bytes()
+    again = [str(word) for word in ("--run", copied, *more)]
+    error(capsys, lambda: train.main(again), "agent.pt", "cannot be trained on")
+    assert (copied / "agent.pt").read_bytes() == shipped
+
+
 @pytest.mark.parametrize("small", ["", ".", "/", "/proc/x/y.pt", "agent.pt/x", "agent.pt", "data"])
 def test_where_an_agent_cannot_be_shipped_to_is_refused(copied, monkeypatch, capsys, small):
     before = contents(copied)
