@@ -1085,8 +1085,8 @@ def test_presets_describe_models_that_can_be_built(preset):
 def test_the_code_reaches_the_size_of_the_paper(capsys):
     main("--preset", "paper", "--phase", "bench")
     sizes = json.loads(capsys.readouterr().out)
-    assert 3.5e8 < sizes["tokenizer"] < 4.5e8
-    assert 1.4e9 < sizes["dynamics"] < 1.8e9
+    assert 3.5e8 < sizes["tokenizer_parameters"] < 4.5e8
+    assert 1.4e9 < sizes["dynamics_parameters"] < 1.8e9
 
 
 README = (Path(train.__file__).parent / "README.md").read_text()

@@ -821,7 +821,7 @@ def main(arguments=None):
     else:
         init_distributed(args.device)
     if args.preset == "paper" and args.phase == "bench":
-        return bench.paper_sizes(TrainConfig(**PRESETS["paper"]))
+        return bench.costs(TrainConfig(**PRESETS["paper"]))
     start, run = time.time(), flags.open_run(args, PRESETS, TrainConfig)
     agent = Path(args.checkpoint or run.folder / "agent.pt")
     # all have read config.json before the main process writes it

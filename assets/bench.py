@@ -2,20 +2,23 @@
 
     python train.py --phase bench --preset cpu
     python train.py --phase bench --preset minerl --compile true
-    python train.py --phase bench --preset paper      # parameter counts only, on the meta device
+    python train.py --phase bench --preset paper      # costs on paper: what costs() says
+    python assets/bench.py gpu                        # the same of another preset
 """
 import json
 import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assets.files import check_stop
-from assets.run import compile_blocks
-from dreamer4 import Agent, Cache, Dynamics, Tokenizer, imagine
+from assets.run import Run, compile_blocks
+from dreamer4 import Agent, Cache, Tokenizer, imagine
 
 SIZES = {
     # of an earlier MineRL implementation
@@ -36,11 +39,33 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def paper_sizes(cfg):
-    """Builds the models without memory and prints their parameter counts as JSON."""
-    with torch.device("meta"):
-        sizes = {"tokenizer": parameters(Tokenizer(cfg)), "dynamics": parameters(Dynamics(cfg))}
-    print(json.dumps(sizes))
+def costs(cfg):
+    """Builds the models on the meta device, which computes nothing, and prints as JSON:
+
+    their parameters; for one frame of each job the GFLOP, and in training the MB that wait for the
+    backward pass (in float32; bfloat16 needs about half).
+    """
+    run = Run("", cfg, 0, None)
+    run.device, run.dtype, results = "meta", torch.float32, {}
+    for name, frames, work, model in jobs(run):
+        # as play, without decoding
+        if name == "imagination":
+            continue
+        waiting = {}
+
+        def keep(x):
+            storage = x.untyped_storage()
+            waiting[storage._cdata] = storage.nbytes()
+            return x
+
+        with (FlopCounterMode(display=False) as counter,
+              torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)):
+            work()
+        results[f"{name}_gflop"] = round(counter.get_total_flops() / frames / 1e9, 3)
+        if model:
+            results[f"{name}_mb"] = round(sum(waiting.values()) / frames / 1e6, 1)
+            results[f"{name.split('_')[0]}_parameters"] = parameters(model)
+    print(json.dumps(results))
 
 
 def seconds(work):
@@ -71,7 +96,8 @@ def matmul_rate(device, dtype):
 def jobs(run):
     """(name, frames, work, model to compile or None): work() finishes so many frames."""
     cfg, device = run.cfg, run.device
-    tokenizer, agent = Tokenizer(cfg).to(device), Agent(cfg).to(device)
+    with torch.device(device):
+        tokenizer, agent = Tokenizer(cfg), Agent(cfg)
     frozen_tokenizer, frozen_agent = run.for_inference(tokenizer), run.for_inference(agent)
     B, T = cfg.tokenizer_batch, cfg.tokenizer_length
     images = torch.rand(B, T, 3, *cfg.image_size, device=device)
@@ -149,3 +175,9 @@ def bench(run, play, policy):
               "start included", flush=True)
     numbers = {name: round(x, 3) if isinstance(x, float) else x for name, x in results.items()}
     print(json.dumps(numbers), flush=True)
+
+
+if __name__ == "__main__":
+    import train
+    for preset in sys.argv[1:]:
+        costs(train.TrainConfig(**train.PRESETS[preset]))

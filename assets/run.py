@@ -2,6 +2,7 @@
 
     runs/NAME/  config.json  metrics.jsonl  data/*.npz  *.pt  *.png  *.gif  eval.json
 """
+import contextlib
 import json
 import os
 from dataclasses import asdict, fields
@@ -169,8 +170,9 @@ class Run:
                 file.write(to_json(row) + "\n")
 
     def autocast(self):
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.split(":")[0], self.dtype, enabled=enabled)
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.split(":")[0], self.dtype)
 
     def seed_phase(self, phase, *step):
         """Seeds torch for a phase, or one step of it, whatever ran before; returns a NumPy rng.

@@ -1,4 +1,4 @@
-"""Tests of report.py, ship.py and ablations.py: what they leave alone, and what they refuse.
+"""Tests of report.py, ship.py, ablations.py, bench.py: what they leave alone, and what they refuse.
 
     python -m pytest assets/test_scripts.py
 """
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from assets import ablations, recordings, report, ship
+from assets import ablations, bench, recordings, report, ship
 from assets.checkpoints import load_checkpoint
+from assets.run import Run
 from assets.test_recordings import grey_video
 # the fixtures among these work in a file that imports them
 from test_dreamer4 import contents, copied, error, finished
@@ -200,3 +202,21 @@ def test_ablations_name_settings_that_this_version_does_not_know(copied, tmp_pat
     torch.save(state, copied / "tokenizer.pt")
     arguments = [copied, "--out", tmp_path / "out.csv"]
     refused(capsys, ablations, *arguments, words=["tokenizer.pt", "bogus"])
+
+
+# --------------------------------------------------------------------------------------------------
+# bench.py
+
+def test_costs_on_paper_are_those_of_the_work_itself(tmp_path, capsys):
+    cfg = train.TrainConfig(**train.PRESETS["tiny"])
+    bench.costs(cfg)
+    costs = json.loads(capsys.readouterr().out)
+    for name, frames, work, _ in bench.jobs(Run(tmp_path, cfg, 0, None, device="cpu")):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        if name != "imagination":
+            gflop = counter.get_total_flops() / frames / 1e9
+            assert costs[f"{name}_gflop"] == round(gflop, 3) > 0
+    # of a frame at least what goes into and out of each layer, float32, of four tokens
+    kept = 4 * cfg.depth * 2 * cfg.width * 4
+    assert costs["dynamics_training_mb"] * 1e6 > kept
