@@ -212,11 +212,12 @@ def test_costs_on_paper_are_those_of_the_work_itself(tmp_path, capsys):
     bench.costs(cfg)
     costs = json.loads(capsys.readouterr().out)
     for name, frames, work, _ in bench.jobs(Run(tmp_path, cfg, 0, None, device="cpu")):
+        if name == "imagination":
+            continue
         with FlopCounterMode(display=False) as counter:
             work()
-        if name != "imagination":
-            gflop = counter.get_total_flops() / frames / 1e9
-            assert costs[f"{name}_gflop"] == round(gflop, 3) > 0
+        gflop = counter.get_total_flops() / frames / 1e9
+        assert costs[f"{name}_gflop"] == round(gflop, 3) > 0
     # of a frame at least what goes into and out of each layer, float32, of four tokens
     kept = 4 * cfg.depth * 2 * cfg.width * 4
     assert costs["dynamics_training_mb"] * 1e6 > kept
