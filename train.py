@@ -32,7 +32,8 @@ import torch.nn as nn
 from assets import bench, flags, measures, worlds
 from assets.checkpoints import FORMAT, load_checkpoint, load_optimizers
 from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
-                          is_main_process, limit_memory, load_episode, print0, to_json, write_file)
+                          is_launched, is_main_process, limit_memory, load_episode, print0, to_json,
+                          write_file)
 from assets.latents import encode_episodes
 from assets.muon import Muon
 from assets.play import Player, serve
@@ -729,7 +730,7 @@ def run_all(run):
         train_agent(run)
         train_imagination(run)
     result = run.folder / "eval.json"
-    if result.exists() and result.stat().st_mtime > agent.stat().st_mtime:
+    if result.is_file() and result.stat().st_mtime > agent.stat().st_mtime:
         print0("[evaluate] finished before; --phase evaluate does it again")
         return
     if is_main_process():
@@ -816,12 +817,12 @@ def main(arguments=None):
         signal.signal(number, lambda signum, _: STOP.append(signum))
     if args.phase in ("evaluate", "dream", "play", "bench"):
         # work for one process
-        if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        if is_launched() and os.environ["RANK"] != "0":
             return
     else:
         init_distributed(args.device)
     if args.preset == "paper" and args.phase == "bench":
-        return bench.costs(TrainConfig(**PRESETS["paper"]))
+        return bench.costs(TrainConfig(**PRESETS["paper"] | args.settings))
     start, run = time.time(), flags.open_run(args, PRESETS, TrainConfig)
     agent = Path(args.checkpoint or run.folder / "agent.pt")
     # all have read config.json before the main process writes it

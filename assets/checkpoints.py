@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from assets.files import describe, fail
-from assets.worlds import action_sizes, to_action
+from assets.worlds import checked_sizes
 from dreamer4 import Agent, Config, Dynamics, Tokenizer
 
 # Version of the files
@@ -47,8 +47,6 @@ def load_checkpoint(path):
     except DAMAGED as error:
         fail(f"checkpoint {path}: its contents do not fit together ({describe(error)}); restore it "
              "from a copy or delete it and train that phase again")
-    # older ones were written only once
-    state.setdefault("finished", True)
     return state
 
 
@@ -57,25 +55,26 @@ def check_contents(state):
     for name in ("round", "step", "seed"):
         if type(state[name]) is not int or not 0 <= state[name] < 10 ** 9:
             raise ValueError(f"{name} is {state[name]!r}")
-    if not state.get("finished", True) and state["step"] and not state["metrics"]:
+    # older ones were written only once
+    is_unfinished = not state.setdefault("finished", True)
+    health = {"good", "advantage_std", "kl", "reward"} if state["phase"] == "imagination" else set()
+    known = state.get("metrics", {}).keys()
+    if is_unfinished and state["step"] and not (known and health <= known):
         raise ValueError("an unfinished phase has no metrics")
     if {type(x) for x in state.get("metrics", {}).values()} - {float}:
         raise ValueError(f"metrics are {state['metrics']}")
     config = Config(**{field.name: state["config"][field.name] for field in fields(Config)})
-    actions = json.loads(state["actions"])
-    if action_sizes(actions) != config.action_spec:
-        raise ValueError(f"actions of {action_sizes(actions)} categories, but an action_spec of "
+    sizes = checked_sizes(json.loads(state["actions"]))
+    if sizes != config.action_spec:
+        raise ValueError(f"actions of {sizes} categories, but an action_spec of "
                          f"{config.action_spec}")
-    # recorded data knows nothing but the sizes
-    if "low" in actions:
-        to_action(actions, [0] * len(config.action_spec))
     # no memory, no time: only names and shapes
     with torch.device("meta"):
         model, tokenizer = MODELS[state["phase"]](config), Tokenizer(config)
     modules = {"ema": model, "model": model, "tokenizer": tokenizer, "heads": model, "prior": model}
     needed = {"tokenizer", "ema"} if isinstance(model, Agent) else {"ema"}
     if state["phase"] == "imagination":
-        needed.add("heads")
+        needed |= {"heads", "prior"} if is_unfinished else {"heads"}
     for name in modules.keys() & {*state, *needed}:
         check_numbers(state[name])
         found, wanted = shapes(state[name]), shapes(modules[name].state_dict())
@@ -101,6 +100,10 @@ def shapes(weights):
     return {name: (tuple(x.shape), x.is_floating_point()) for name, x in weights.items()}
 
 
+# Momenta of AdamW that are
+POSITIVE = {"step", "exp_avg_sq"}
+
+
 def load_optimizers(optimizers, state, path):
     """Momenta of a checkpoint -> the optimizers, whose rates and the like stay those of the code.
 
@@ -110,9 +113,14 @@ def load_optimizers(optimizers, state, path):
     try:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             ours, momenta = optimizer.state_dict()["param_groups"], saved["state"]
+            if state["step"] and not momenta:
+                raise ValueError("no momenta")
             parameters = optimizer.param_groups[0]["params"]
             for i, entries in momenta.items():
                 check_numbers(entries)
+                # step and exp_avg_sq are never negative
+                if any((x < 0).any() for name, x in entries.items() if name in POSITIVE):
+                    raise ValueError("negative numbers where there can be none")
                 wanted = {name: () if name == "step" else tuple(parameters[i].shape)
                           for name in names[type(optimizer).__name__]}
                 found = {name: shape for name, (shape, _) in shapes(entries).items()}

@@ -23,7 +23,8 @@ STOP = []
 
 def fail(message):
     """Ends the program with one line: what is wrong, where, and what to do."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    # a path may hold line breaks
+    print("error:", *str(message).splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -53,6 +54,10 @@ def flush_output():
 @contextlib.contextmanager
 def in_one_line():
     """Ends the program with one line where memory or a disk is full, and quietly on Ctrl-C."""
+    # files opened later must not take the place of a closed stdin, stdout or stderr
+    while (lowest := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(lowest)
     # None where it is closed
     for stream in filter(None, (sys.stdout, sys.stderr)):
         # a terminal that cannot show ± is no reason to stop
@@ -72,6 +77,9 @@ def in_one_line():
         # torch on CPUs and NumPy have no class of their own for it
         signs = ("allocate", "out of memory", "Storage size", "array is too big", "Maximum allowed")
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if "C++ compiler" in str(error):
+            fail("--compile true needs a C++ compiler such as g++, and finds none; install one, or "
+                 "give --compile false")
         if not is_memory and not any(sign in str(error) for sign in signs):
             raise
         fail("not enough memory for these settings; make --batch_size, --tokenizer_batch, "
@@ -110,9 +118,14 @@ def barrier():
         dist.barrier()
 
 
+def is_launched():
+    """Whether torchrun has started this process."""
+    return dist.is_torchelastic_launched() and "RANK" in os.environ
+
+
 def init_distributed(device):
     """Joins the other processes, if torchrun has started several. device: of --device."""
-    if not dist.is_torchelastic_launched():
+    if not is_launched():
         return
     backend = "gloo"
     if device in ("auto", "cuda") and torch.cuda.is_available():
@@ -169,6 +182,8 @@ def load_episode(path, cfg):
             raise ValueError("it is no file")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("frames", "actions", "rewards", "terminal")}
+        if {type(array) for array in arrays.values()} != {np.ndarray}:
+            raise ValueError("its entries are no arrays")
     except Exception as error:
         fail(f"episode file {str(path)!r} is damaged or no episode ({describe(error)}); delete it "
              "or make it again")

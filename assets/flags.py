@@ -86,6 +86,13 @@ def parse(arguments, description, presets, config):
     for name, value in vars(args).items():
         if "\0" in str(value):
             fail(f"--{name}: a NUL byte cannot be in it")
+        # without an environment: recorded data
+        if value == "" and name != "env":
+            fail(f"--{name}: nothing is given")
+    if args.policy and args.phase != "collect":
+        fail("--policy is for --phase collect; other phases take --checkpoint")
+    args.settings = {field.name: getattr(args, field.name) for field in fields(config)
+                     if hasattr(args, field.name)}
     return args
 
 
@@ -116,7 +123,7 @@ def saved_settings(args, folder):
             raise ValueError("it is no file")
         saved = json.loads(path.read_text())
         saved["config"].keys()
-        worlds.action_sizes(saved["actions"])
+        worlds.checked_sizes(saved["actions"])
         if type(saved["seed"]) is not int or type(saved["preset"]) is not str:
             raise ValueError(f"seed is {saved['seed']!r}, preset is {saved['preset']!r}")
         return saved
@@ -125,8 +132,9 @@ def saved_settings(args, folder):
 
 
 def check_episodes(args, folder, saved, overrides):
-    """Episodes that are there must go on being made as they were."""
-    if args.phase in ("collect", "all") and any(folder.glob("data/*.npz")):
+    """Episodes that are there must go on being made as they were; other phases save settings."""
+    leaves_settings = args.phase in ("evaluate", "dream", "play", "bench")
+    if not leaves_settings and any(folder.glob("data/*.npz")):
         for name in ("env", "env_kwargs", "action_bins", "action_repeat", "image_size"):
             before = saved["config"].get(name, overrides.get(name))
             before = tuple(before) if isinstance(before, list) else before
@@ -160,8 +168,7 @@ def open_run(args, presets, config):
         saved["seed"] = args.seed
     if not 0 <= saved["seed"] <= MAX_SEED:
         fail(f"--seed {saved['seed']} must lie in 0 ... {MAX_SEED}")
-    names = {field.name for field in fields(config)}
-    overrides = {name: value for name, value in vars(args).items() if name in names}
+    overrides = dict(args.settings)
     if args.episodes is not None:
         # by hand, with --policy, collection leaves the settings of the rounds alone
         collected = [] if args.policy else ["collect_episodes"]
@@ -191,6 +198,10 @@ def open_run(args, presets, config):
             cfg.action_repeat = worlds.action_repeat(cfg.env)
         if is_new and "image_size" not in overrides:
             cfg.image_size = worlds.proportional_size(native, cfg.image_size, cfg.patch)
+        try:
+            cfg.__post_init__()
+        except ValueError as error:
+            fail(f"{error}; give an --image_size, the frames of {cfg.env} are {native}")
         if tuple(native) != cfg.image_size:
             print0("frames are resized from {}x{} to {}x{}".format(*native, *cfg.image_size))
     if actions is None:

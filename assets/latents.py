@@ -44,6 +44,8 @@ def encode_episodes(data, tokenizer, folder):
     if is_main_process():
         # nobody needs those of the tokenizer before
         for old in set(folder.parent.glob("latents-" + 8 * "[0-9a-f]")) - {folder}:
-            shutil.rmtree(old)
+            # a file or link is not ours
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
     if count:
         print0(f"encoded {count} frames at {count / (time.time() - start):.0f} frames/s")

@@ -168,8 +168,10 @@ def value_correlation(episodes, gamma):
 
 
 def usual_reward(episodes):
-    """In many tasks every step costs a little: what differs from that is news."""
-    return float(np.median(np.concatenate([e["rewards"][1:] for e in episodes])))
+    """The most frequent one: in many tasks every step costs a little; what differs is news."""
+    rewards = np.concatenate([e["rewards"][1:] for e in episodes])
+    values, counts = np.unique(rewards.round(3), return_counts=True)
+    return float(values[counts.argmax()])
 
 
 def is_unusual(rewards, usual):

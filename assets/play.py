@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET" or self.path not in ("/start", "/step", "/stop"):
             return 404, b"not found", "text/plain"
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > 1000:
+        if not length.isdecimal() or len(length) > 4 or int(length) > 1000:
             return 400, b"the body must be a small JSON object", "text/plain"
         body, self.close_connection = self.rfile.read(int(length)), False
         try:
@@ -132,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         except KeyError:
             return 410, b"this dream was forgotten; it starts again", "text/plain"
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            return 400, f"bad request: {error}".encode(), "text/plain; charset=utf-8"
+            text = f"bad request: {error}".encode(errors="backslashreplace")
+            return 400, text, "text/plain; charset=utf-8"
 
     def do_GET(self):
         status, body, kind = self.answer()

@@ -20,6 +20,7 @@ What differs from the loaders of minerl 0.4.4 and of OpenAI's Video-Pre-Training
 """
 import json
 import re
+import shlex
 import sys
 from itertools import islice
 from pathlib import Path
@@ -88,18 +89,23 @@ def minerl(path, size, spec):
         parts = [categories(name, rendered[f"action${name}"], names) for name in names]
     spec, columns = zip(*parts)
     T = len(rewards)
+    if {len(column) for column in columns} != {T - 1}:
+        raise ValueError(f"there are {T - 1} rewards, but not as many of every action")
     actions = np.full((T, len(spec)), -1)
     actions[1:] = np.stack(columns, 1)
     video = path.with_name("recording.mp4")
     stored = sum(1 for _ in read_frames(video))
     counted = metadata.get("true_video_frame_count", stored)
+    success = metadata.get("success", True)
+    if type(success) is not bool or type(counted) is not int:
+        raise ValueError(f"metadata.json: success is {success!r}, frames are {counted!r}")
     if stored != counted:
         print(f"{video}: {stored} frames, {counted} in metadata.json; the shorter ends it")
     if counted < T:
         raise ValueError(f"recording.mp4 has {counted} frames for {T} states")
     # the video began earlier: its last T frames are the states
     frames = islice(read_frames(video), counted - T, counted)
-    terminal = metadata.get("success", True) and stored >= counted
+    terminal = success and stored >= counted
     return spec, terminal, zip((resize(frame, size) for frame in frames), actions, rewards)
 
 
@@ -127,6 +133,8 @@ def vpt(path, size, spec):
         try:
             tick = json.loads(line)
             mouse, keys, gui = tick["mouse"], tick["keyboard"]["keys"], tick["isGuiOpen"]
+            if (type(keys), type(gui)) != (list, bool):
+                raise TypeError(f"keys are {keys!r}, isGuiOpen is {gui!r}")
             action = {name: f"key.keyboard.{key}" in keys for name, key in KEYS.items()}
             action |= {name: button in mouse["buttons"] for name, button in MOUSE.items()}
             # some games begin with an attack that nobody made; it lasts until the button is pressed
@@ -228,10 +236,13 @@ def main(arguments=None):
     paths = sorted(args.source.rglob(pattern))
     if not paths:
         fail(f"{args.source} holds no {pattern}; give the folder of the recordings")
-    lengths, failed, spec = [], 0, None
+    lengths, failed, spec, names = [], 0, None, set()
     for number, path in enumerate(paths, 1):
         # with its subfolders: recordings of several folders may have the same name
         name = "-".join(path.relative_to(args.source).with_suffix("").parts)
+        while name in names:
+            name += "+"
+        names.add(name)
         try:
             # a pipe would be waited for
             if not path.is_file():
@@ -242,6 +253,8 @@ def main(arguments=None):
                 raise ValueError(f"its action spec is {sizes}, before it was {spec}: such "
                                  "recordings need another TARGET")
             new = write_episodes(steps, args.target, name, terminal)
+            if not new:
+                raise ValueError("no frame of it can be used")
         except Exception as error:
             # readers of videos raise many kinds of errors, some with pages of text
             print(f"error: {path}: {describe(error)}", file=sys.stderr, flush=True)
@@ -254,7 +267,8 @@ def main(arguments=None):
         print(f"error: {failed} of {len(paths)} recordings failed; mend or remove what is named "
               "above and give the same command again", file=sys.stderr, flush=True)
     if lengths:
-        print(f"python train.py --run {args.target.parent} --image_size {size[0]}x{size[1]} "
+        run = shlex.quote(str(args.target.parent))
+        print(f"python train.py --run {run} --image_size {size[0]}x{size[1]} "
               f"--action_spec {','.join(map(str, spec))}")
     return int(failed > 0)
 

@@ -152,6 +152,9 @@ def neighbour_correlation(folder, reach=4):
     """
     rows, targets, held_out = [], [], []
     for i, path in enumerate(sorted((folder / "data").glob("*.npz"))):
+        # a pipe would be waited for
+        if not path.is_file():
+            raise ValueError(f"{path} is no file")
         rewards = np.load(path)["rewards"].astype(float)
         for t in range(reach + 1, len(rewards) - reach):
             rows.append([*rewards[t - reach:t], *rewards[t + 1:t + 1 + reach], 1.0])

@@ -134,7 +134,11 @@ class Run:
         """Takes the architecture of a checkpoint; a flag or environment must not contradict it."""
         saved, cfg = state["config"], self.cfg
         architecture = {field.name for field in fields(Config)} - TUNABLE
-        for name in architecture & set(self.overrides):
+        given = set(self.overrides)
+        if any(self.folder.glob("data/*.npz")):
+            # of the episodes
+            given.add("image_size")
+        for name in architecture & given:
             if saved[name] != getattr(cfg, name):
                 fail(f"--{name} {getattr(cfg, name)} contradicts {path}, made with {saved[name]}; "
                      "drop the flag or use another --run")
@@ -145,6 +149,11 @@ class Run:
                  f"{differences}; use another --run or --env")
         for name in architecture:
             setattr(cfg, name, saved[name])
+        try:
+            # other settings may contradict the new ones
+            cfg.__post_init__()
+        except ValueError as error:
+            fail(f"{error} (with the architecture of {path})")
 
     def steps(self, phase):
         """How many steps a phase trains for."""

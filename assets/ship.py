@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from assets.checkpoints import load_checkpoint
+from assets.checkpoints import check_numbers, load_checkpoint
 from assets.files import fail, in_one_line, new_parser, write_file
 
 NEEDED = ("format", "phase", "seed", "round", "step", "config", "actions", "tokenizer", "ema",
@@ -35,6 +35,11 @@ def main(arguments=None):
     if args.small.exists() and (not args.small.is_file() or args.small.samefile(args.agent)):
         fail(f"{args.small} is no file, or the agent itself; name another file to write")
     small = {name: half(state[name]) for name in NEEDED if name in state}
+    try:
+        for name in {"tokenizer", "ema", "heads"} & small.keys():
+            check_numbers(small[name])
+    except ValueError as error:
+        fail(f"{args.agent} has weights too large for half precision ({name}: {error})")
     write_file(args.small, functools.partial(torch.save, small))
     print(f"{args.small}: {args.small.stat().st_size / 1e6:.1f} MB")
 

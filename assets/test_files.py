@@ -11,6 +11,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.distributed import run as torchrun
 from torch.testing import assert_close
 
 import train
-from assets import flags, latents, measures
+from assets import files, flags, latents, measures
 from assets.checkpoints import load_checkpoint
 from assets.files import in_one_line
 from assets.latents import encode_episodes
@@ -638,9 +639,9 @@ def refused(capsys, folder, text, *words):
     --k_max 6, --episodes 0, --hold 0, --action_bins 1, --action_repeat 0, --long_every 0,
     --updates 0, --batch_size 0, --horizon 0, --envs 0, --seed -1, --seed 9999, --recent_share 2,
     --gamma nan, --weight_decay -1, --temperature inf, --device cuda, --device gpu,
-    --tokenizer_lr -1, --env Nothing-v0, --env CarRacing-v99"""))
+    --tokenizer_lr -1, --env Nothing-v0, --env CarRacing-v99, --policy no.pt, --run=, --checkpoint="""))
 def test_a_bad_flag_is_named(tmp_path, capsys, flag):
-    refused(capsys, tmp_path / "run", flag, flag.split()[0].strip("-"))
+    refused(capsys, tmp_path / "run", flag, re.match("--(.*?)[ =]", flag)[1])
 
 
 def outside(field):
@@ -717,6 +718,26 @@ def test_full_memory_ends_in_one_line_and_other_errors_stay_what_they_are(capsys
         in_one_line()(broken)()
 
 
+@in_one_line()
+def without_a_compiler():
+    raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+
+def test_a_missing_compiler_and_a_path_with_a_line_break_are_one_line(capsys):
+    error(capsys, without_a_compiler, "--compile", "C++ compiler")
+    error(capsys, lambda: files.fail("a\nb is missing"), "a b is missing")
+
+
+def test_files_do_not_take_the_place_of_closed_streams(tmp_path):
+    code = ("import sys; from assets.files import in_one_line\n"
+            "with in_one_line(): open(sys.argv[1], 'w').write(str(open(sys.argv[1]).fileno()))")
+    (tmp_path / "x").touch()
+    command = [sys.executable, "-c", code, str(tmp_path / "x")]
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command],
+                   cwd=Path(train.__file__).parent, check=True)
+    assert int((tmp_path / "x").read_text()) > 2
+
+
 def test_ctrl_c_in_a_script_ends_it_without_a_traceback():
     with pytest.raises(SystemExit) as ended, in_one_line():
         raise KeyboardInterrupt
@@ -755,6 +776,7 @@ def test_a_missing_phase_or_file_is_named(tmp_path, capsys, text, word):
     ("--image_size", "--phase collect --collect_episodes 10 --image_size 32x32"),
     ("--env", "--phase collect --collect_episodes 10 --env Ticker-v0"),
     ("--action_repeat", "--rounds 3 --action_repeat 8"),
+    ("--action_repeat", "--phase tokenizer --tokenizer_steps 40 --action_repeat 8"),
     ("not finished", "--phase dynamics --dynamics_steps 40 --tokenizer_steps 99"),
     ("--long_length", "--phase dynamics --dynamics_steps 40 --long_length 99")])
 def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(
@@ -764,6 +786,22 @@ def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(
     assert contents(copied) == before
     # and it still goes on
     main(*ALL, "--run", copied)
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("config, word", [
+    ({"image_size": (32, 32)}, "image_size"), ({"k_max": 2, "k": 2}, "k must be")])
+def test_a_policy_of_another_architecture_does_not_spoil_a_run(copied, capsys, config, word):
+    """One that its episodes or settings contradict."""
+    run, other, state = load_run(copied), copied / "other.pt", load(copied, "agent.pt")
+    small = train.TrainConfig(**state["config"] | config)
+    agent = Agent(small)
+    state |= {"config": dataclasses.asdict(small), "tokenizer": Tokenizer(small).state_dict(),
+              "model": agent.state_dict(), "ema": agent.state_dict(), "prior": {},
+              "heads": train.Imagination(agent).state_dict()}
+    torch.save(state, other)
+    before = contents(copied)
+    error(capsys, lambda: train.collect(run, other, 500, 2), word, "other.pt")
     assert contents(copied) == before
 
 
@@ -786,6 +824,13 @@ def test_a_damaged_config_is_named(tmp_path, capsys, text):
     error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")
 
 
+def test_ragged_actions_of_a_config_are_named(tmp_path, capsys):
+    actions = {"sizes": [2, 2], "low": [[1], [1, 2]], "step": [1, 1], "dtype": "float32"}
+    settings = {"config": {}, "actions": actions, "seed": 0, "preset": "cpu"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    error(capsys, lambda: main("--phase", "collect", "--run", tmp_path), "config.json", "damaged")
+
+
 @pytest.mark.parametrize("sizes", [["a", "b"], [0, 5], [2.5, 5], [10 ** 30, 5], None, [],
                                    [3, 2], [5]])
 def test_actions_of_a_config_that_are_none_are_named(tmp_path, capsys, sizes):
@@ -802,7 +847,8 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copied, capsys):
 
 
 @pytest.mark.parametrize("variables", [
-    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x", "RANK": "nobody"}, {"RANK": "1"}])
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x", "RANK": "nobody"}, {"RANK": "1"},
+    {"TORCHELASTIC_RUN_ID": "x"}])
 def test_variables_of_other_launchers_mean_nothing(finished, monkeypatch, capsys, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -966,6 +1012,14 @@ def test_a_checkpoint_whose_contents_do_not_fit_together_is_named(
     error(capsys, lambda: load_checkpoint(tmp_path / name), name, "do not fit together")
 
 
+@pytest.mark.parametrize("change", [{"prior": None}, {"metrics": {"x": 1.0}}])
+def test_an_unfinished_imagination_has_a_prior_and_its_metrics(finished, tmp_path, capsys, change):
+    state = load(finished, "agent.pt") | {"finished": False} | change
+    state = {name: x for name, x in state.items() if x is not None}
+    torch.save(state, tmp_path / "agent.pt")
+    error(capsys, lambda: load_checkpoint(tmp_path / "agent.pt"), "do not fit together")
+
+
 def test_an_agent_whose_heads_are_incomplete_is_named(finished, tmp_path, capsys):
     for name in ("heads", "prior"):
         state = load(finished, "agent.pt")
@@ -983,7 +1037,7 @@ def test_an_agent_without_its_parts_is_named(finished, tmp_path, capsys, entry):
     error(capsys, lambda: main(*dream), "agent.pt", "do not fit together", entry)
 
 
-@pytest.mark.parametrize("optimizers", [None, [], [{}], [{"state": {}, "param_groups": []}] * 2])
+@pytest.mark.parametrize("optimizers", [None, [], [{}], [{"state": {}}], [{"state": {}}] * 2])
 def test_a_checkpoint_without_its_optimizers_is_not_trained_on(copied, capsys, optimizers):
     state = load(copied, "agent.pt")
     state["optimizers"] = optimizers
@@ -997,7 +1051,7 @@ def test_a_checkpoint_without_its_optimizers_is_not_trained_on(copied, capsys, o
 
 @pytest.mark.parametrize("entries", [
     {"exp_avg": torch.zeros(3)}, {"exp_avg": None}, {"step": torch.zeros(2)}, {"more": 1},
-    {"exp_avg": torch.full((), math.nan)}])
+    {"exp_avg": torch.full((), math.nan)}, {"step": torch.tensor(-1.0)}])
 def test_momenta_that_are_not_of_the_weights_are_refused(copied, capsys, entries):
     state = load(copied, "tokenizer.pt")
     momenta = state["optimizers"][0]["state"]

@@ -51,6 +51,15 @@ def test_drives_that_fail_and_tiles_that_were_visited_are_counted_in_carracing_o
         "return_median": 855}
 
 
+@pytest.mark.parametrize("rewards, usual", [
+    # a driver that is paid most of the time, a little different every time
+    ([-0.4, -0.4, -0.4, 2.81, 2.92, 3.03, 2.74, 6.1], -0.4), ([0, 0, 0, 1, 1], 0), ([1, 1, 0], 1)])
+def test_the_usual_reward_is_the_most_frequent(rewards, usual):
+    # no reward came with the first frame
+    episodes = [{"rewards": np.array([9.0, *rewards], np.float32)}] * 2
+    assert measures.usual_reward(episodes) == pytest.approx(usual)
+
+
 def test_waiting_is_counted_from_the_last_reward_that_is_not_the_usual_one():
     rewards = np.array([0, -0.1, -0.1, 3, -0.1, -0.1, -5, -0.1], np.float32)
     assert measures.steps_without_reward(rewards, -0.1).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]

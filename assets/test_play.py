@@ -144,6 +144,8 @@ def test_tabs_dream_apart_restart_and_are_freed(ask):
     (410, "/step", STILL | {"session": "x"}, "POST", {}),
     (400, "/start", "x" * 2000, "POST", {}),
     (400, "/start", {"session": "x" * 2000}, "POST", {}),
+    (400, "/start", '{"\\ud800": 1}', "POST", {}),
+    (400, "/start", None, "POST", {"Content-Length": "9" * 5000}),
     (400, "/stop", {"session": [1]}, "POST", {})])
 def test_strangers_and_nonsense_are_refused(ask, status, path, body, method, headers):
     assert ask(path, body, method, **headers)[0] == status

@@ -264,7 +264,29 @@ def test_minerls_metadata_tells_the_first_state_and_success(
         assert episode["terminal"] == (success and T == 20)
 
 
+@pytest.mark.parametrize("metadata, reason", [
+    ({"success": None}, "success is None"), ({"success": "false"}, "success is 'false'"),
+    ({"true_video_frame_count": 22.5}, "frames are 22.5"),
+    ({"true_video_frame_count": 1000}, "no frame of it")])
+def test_metadata_that_minerl_cannot_have_is_named(metadata, reason, tmp_path, capfd):
+    minerl(tmp_path)
+    (tmp_path / "v3_one/metadata.json").write_text(json.dumps(metadata))
+    assert recordings.main(["minerl", str(tmp_path), str(tmp_path / "data")]) == 1
+    assert reason in capfd.readouterr().err and not list(tmp_path.glob("data/*"))
+
+
+def test_recordings_have_names_of_their_own_and_the_command_is_one_for_a_shell(tmp_path, capfd):
+    for name in ("a-b/c.mp4", "a/b-c.mp4"):
+        (tmp_path / "from" / name).parent.mkdir(parents=True)
+        grey_video(tmp_path / "from" / name, 3)
+    target = tmp_path / "my run/data"
+    assert recordings.main(["video", str(tmp_path / "from"), str(target)]) == 0
+    assert len(list(target.iterdir())) == 2
+    assert f"--run '{tmp_path / 'my run'}' " in capfd.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("folder, arrays, reason", [
+    ("v3_one", {"attack": np.zeros(1, int)}, "as many of every action"),
     ("v3_one", {"craft": np.array(["other"] * 19)}, "action$craft has unknown values: ['other']"),
     ("v3_one", {"use": np.zeros(19, int)}, "action$use"),
     ("v3_one", {"vector": np.zeros((19, 64))}, "action$vector"),
@@ -332,8 +354,10 @@ def test_vpts_frames_without_an_action_are_left_out_and_actions_lead_to_the_next
 
 def test_without_an_episode_there_is_nothing_to_train_on(tmp_path, capfd):
     write_vpt(tmp_path, [tick()] * 3)
-    assert recordings.main(["vpt", str(tmp_path), str(tmp_path / "data")]) == 0
-    assert capfd.readouterr().out.splitlines()[-1].endswith("0 frames in 0 episodes")
+    assert recordings.main(["vpt", str(tmp_path), str(tmp_path / "data")]) == 1
+    output = capfd.readouterr()
+    assert output.out.splitlines()[-1].endswith("0 frames in 0 episodes")
+    assert "player.jsonl" in output.err and "no frame" in output.err
 
 
 def test_vpts_mouse_wheel_is_a_change_of_the_hotbars_slot(tmp_path):
@@ -349,7 +373,8 @@ def test_vpts_mouse_wheel_is_a_change_of_the_hotbars_slot(tmp_path):
 
 @pytest.mark.parametrize("lines", [
     "", json.dumps(tick("w", hotbar=50)), json.dumps(tick("w", hotbar=-1)),
-    json.dumps(tick("w", dx=np.nan))])
+    json.dumps(tick("w", dx=np.nan)), json.dumps(tick("w", isGuiOpen="false")),
+    json.dumps(tick("w", keyboard={"keys": "key.keyboard.w"}))])
 def test_a_tick_that_vpt_cannot_have_is_named(lines, tmp_path, capfd):
     write_vpt(tmp_path, [tick("w")] * 3)
     (tmp_path / "player.jsonl").write_text(lines)

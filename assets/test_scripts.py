@@ -119,6 +119,11 @@ def test_what_is_no_run_is_named(assets, tmp_path, capsys, make):
     refused(capsys, report, tmp_path / "run", words=[tmp_path / "run", "missing or no file"])
 
 
+def test_a_pipe_among_the_episodes_is_not_waited_for(copied, assets, capsys):
+    os.mkfifo(copied / "data/pipe.npz")
+    refused(capsys, report, copied, words=[copied, "no file"])
+
+
 @pytest.mark.parametrize("text", [None, "policy,return\nreturn,1\n"])
 def test_missing_or_broken_drives_are_named(assets, capsys, text):
     if text is not None:
@@ -153,6 +158,14 @@ def test_where_an_agent_cannot_be_shipped_to_is_refused(copied, monkeypatch, cap
     monkeypatch.chdir(copied)
     refused(capsys, ship, copied / "agent.pt", small)
     assert contents(copied) == before
+
+
+def test_weights_too_large_for_half_precision_are_not_shipped(copied, capsys):
+    state = load_checkpoint(copied / "agent.pt")
+    state["ema"]["reward_head.layers.4.bias"] += 2e5
+    torch.save(state, copied / "agent.pt")
+    refused(capsys, ship, copied / "agent.pt", copied / "small.pt", words=["half precision"])
+    assert not (copied / "small.pt").exists()
 
 
 def test_a_checkpoint_without_an_agent_is_not_shipped(finished, tmp_path, capsys):
@@ -202,6 +215,13 @@ def test_ablations_name_settings_that_this_version_does_not_know(copied, tmp_pat
     torch.save(state, copied / "tokenizer.pt")
     arguments = [copied, "--out", tmp_path / "out.csv"]
     refused(capsys, ablations, *arguments, words=["tokenizer.pt", "bogus"])
+
+
+def test_ablations_are_not_added_to_another_table(copied, tmp_path, capsys):
+    table = tmp_path / "x.csv"
+    table.write_text("a,b\n")
+    refused(capsys, ablations, copied, "--steps", 1, "--only", "ramp", "--out", table, words=[table])
+    assert table.read_text() == "a,b\n"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -484,6 +484,16 @@ def test_whatever_an_environment_raises_ends_in_one_line(monkeypatch, capfd, met
     assert not multiprocessing.active_children()
 
 
+def test_an_environment_may_have_processes_of_its_own(monkeypatch):
+    def act(reset=Shown.reset):
+        process = multiprocessing.get_context("fork").Process(target=os.getpid)
+        process.start()
+        process.join()
+        return SCREEN, {}
+
+    assert played(doing(monkeypatch, "reset", act))
+
+
 @pytest.mark.parametrize("method", ["__init__", "reset", "step"])
 def test_an_environment_that_breaks_its_process_is_named(monkeypatch, capfd, method):
     cfg = doing(monkeypatch, method, lambda: os._exit(11))

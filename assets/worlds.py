@@ -101,6 +101,15 @@ def action_sizes(description):
     return tuple(np.ravel(description["sizes"]).tolist())
 
 
+def checked_sizes(description):
+    """action_sizes of a description from a file; what is none raises one of many errors."""
+    sizes = action_sizes(description)
+    # recorded data knows nothing but the sizes
+    if "low" in description:
+        to_action(description, [0] * len(sizes))
+    return sizes
+
+
 def action_differences(a, b):
     """In what two descriptions contradict each other, as text; "" where they go together.
 
@@ -388,7 +397,7 @@ def in_processes(name, make_env, count):
                 pipe, far = multiprocessing.Pipe()
                 pipes.append(pipe)
                 arguments = name, make_env, far, pipes
-                process = multiprocessing.Process(target=work, args=arguments, daemon=True)
+                process = multiprocessing.Process(target=work, args=arguments)
                 process.start()
                 processes.append(process)
                 far.close()
