@@ -485,13 +485,17 @@ def test_whatever_an_environment_raises_ends_in_one_line(monkeypatch, capfd, met
 
 
 def test_an_environment_may_have_processes_of_its_own(monkeypatch):
-    def act(reset=Shown.reset):
-        process = multiprocessing.get_context("fork").Process(target=os.getpid)
+    cfg = shown(monkeypatch, space=pictures(16, 24), observation=SCREEN)
+    reset = Shown.reset
+
+    def with_a_process(*args, **kwargs):
+        process = multiprocessing.Process(target=os.getpid)
         process.start()
         process.join()
-        return SCREEN, {}
+        return reset(*args, **kwargs)
 
-    assert played(doing(monkeypatch, "reset", act))
+    monkeypatch.setattr(Shown, "reset", with_a_process)
+    assert played(cfg)
 
 
 @pytest.mark.parametrize("method", ["__init__", "reset", "step"])
