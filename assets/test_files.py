@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import gc
+import io
 import json
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import gymnasium as gym
@@ -141,10 +143,13 @@ def test_latents_are_encoded_once_and_again_for_another_tokenizer_a_damaged_file
 
     first, second = (frozen(Tokenizer(ticker())) for _ in range(2))
     (tmp_path / "latents-of-mine").mkdir()
+    # neither a file nor a link is of an older tokenizer
+    (tmp_path / "latents-00000000").touch()
+    (tmp_path / "latents-11111111").symlink_to(tmp_path / "latents-of-mine")
     assert [count(tokenizer) for tokenizer in (first, first, second, first)] == [3, 0, 3, 3]
     # those of the tokenizer before are gone
     [file] = tmp_path.glob("latents*/001.npz")
-    assert (tmp_path / "latents-of-mine").exists()
+    assert all((tmp_path / f"latents-{end}").exists() for end in ("of-mine", "0" * 8, "1" * 8))
     whole, right = file.read_bytes(), np.load(file)["latents"]
     for wrong in (right[:, :-1], right[..., None], right.astype(np.float32), right * np.nan):
         np.savez(file, latents=wrong)
@@ -897,6 +902,14 @@ def no_archive(content):
     return b"PK not a zip"
 
 
+def shadowed(content):
+    """An archive with something else under the name of an array."""
+    file = io.BytesIO(content)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("frames", "x")
+    return file.getvalue()
+
+
 def flipped(content, place=None):
     """One byte is inverted: in the middle, unless said otherwise."""
     changed = bytearray(content)
@@ -910,7 +923,7 @@ def of_unknown_compression(content):
 
 # what becomes of the file's bytes, or of some of its arrays; None: not there
 @pytest.mark.parametrize("damage", [
-    cut, emptied, no_archive, flipped, of_unknown_compression,
+    cut, emptied, no_archive, flipped, of_unknown_compression, shadowed,
     {"actions": None, "rewards": None, "terminal": None},
     {"actions": np.array([{}] * 9, dtype=object)}, {"actions": np.zeros((9, 2), np.int16)},
     {"actions": np.full((9, 1), 5, np.int16)}, {"actions": np.full((9, 1), -2, np.int16)},
