@@ -1,0 +1,95 @@
+"""What a user might pick instead: PPO of Stable-Baselines3, in the same environment.
+
+    pip install stable-baselines3                     # in an environment of its own
+    python assets/ppo.py --seed 0                     # as many frames as `--preset cpu` plays
+    python assets/ppo.py --seed 0 --minutes 52        # as much time as it takes
+
+It sees what Dreamer 4 sees here, 64x64 pixels in colour, four frames of them, repeats its actions
+as often, and chooses among the same categories. Rewards are normalized and the numbers below are
+those of RL Baselines3 Zoo for CarRacing, but for shorter rollouts, as there are fewer frames. It is
+evaluated on the same tracks as a run of train.py with this seed. Adds rows to results/ppo.csv: the
+return of the last 40 episodes while it learns, and at the end the mean over the tracks.
+"""
+import csv
+import functools
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from assets.files import fail, in_one_line, new_parser
+
+TABLE = Path(__file__).parent / "results/ppo.csv"
+COLUMNS = ("seed", "frames", "minutes", "what", "episodes", "return_mean", "return_se",
+           "return_median")
+# What `--preset cpu` plays: 160 + 3 * 60 episodes of 250 frames
+FRAMES = 85_000
+
+
+def evaluate(model, make, cfg, seed):
+    """Returns (n,) on the tracks that train.evaluate drives. The policy acts deterministically."""
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+    returns = []
+    for i in range(cfg.eval_episodes):
+        env = VecFrameStack(DummyVecEnv([make]), 4)
+        env.seed(train.EVALUATION_SEEDS + seed * 1000 + i)
+        frames, total, is_done = env.reset(), 0.0, [False]
+        while not is_done[0]:
+            action, _ = model.predict(frames, deterministic=True)
+            frames, reward, is_done, _ = env.step(action)
+            total += float(reward[0])
+        returns.append(total)
+        env.close()
+    return np.array(returns)
+
+
+@in_one_line()
+def main(arguments=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="training seed, as of train.py")
+    parser.add_argument("--frames", type=int, default=FRAMES, help="agent frames, 4 steps each")
+    parser.add_argument("--minutes", type=float, help="train so long, however many frames")
+    parser.add_argument("--out", type=Path, default=TABLE)
+    args = parser.parse_args(arguments)
+    try:
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.vec_env import (SubprocVecEnv, VecFrameStack, VecMonitor,
+                                                      VecNormalize)
+    except ImportError as error:
+        fail(f"{error}; run: pip install stable-baselines3")
+    cfg, start = train.TrainConfig(**train.PRESETS["cpu"]), time.time()
+    make = functools.partial(train.PixelEnv, cfg)
+    env = VecMonitor(SubprocVecEnv([make] * cfg.envs))
+    env.seed(args.seed * train.SEEDS_PER_RUN)
+    env = VecNormalize(VecFrameStack(env, 4), norm_obs=False, gamma=0.99)
+    model = PPO("CnnPolicy", env, learning_rate=1e-4, n_steps=256, batch_size=128, n_epochs=10,
+                gamma=0.99, gae_lambda=0.95, clip_range=0.2, max_grad_norm=0.5, seed=args.seed)
+    file = open(args.out, "a", newline="")
+    writer = csv.DictWriter(file, COLUMNS)
+    if not file.tell():
+        writer.writeheader()
+
+    def write(what, returns):
+        error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else float("nan")
+        numbers = (args.seed, model.num_timesteps, round((time.time() - start) / 60, 2), what,
+                   len(returns), round(float(returns.mean()), 1), round(float(error), 1),
+                   round(float(np.median(returns)), 1))
+        print(dict(zip(COLUMNS, numbers)), flush=True)
+        writer.writerow(dict(zip(COLUMNS, numbers)))
+        file.flush()
+
+    def goes_on(*_):
+        # eight frames per call
+        if model.num_timesteps % 4096 == 0 and model.ep_info_buffer:
+            write("while training", np.array([float(x["r"]) for x in model.ep_info_buffer])[-40:])
+        return not args.minutes or time.time() - start < 60 * args.minutes
+
+    model.learn(10 ** 9 if args.minutes else args.frames, callback=goes_on)
+    write("evaluation", evaluate(model, make, cfg, args.seed))
+
+
+if __name__ == "__main__":
+    main()
