@@ -484,20 +484,6 @@ def test_whatever_an_environment_raises_ends_in_one_line(monkeypatch, capfd, met
     assert not multiprocessing.active_children()
 
 
-def test_an_environment_may_have_processes_of_its_own(monkeypatch):
-    cfg = shown(monkeypatch, space=pictures(16, 24), observation=SCREEN)
-    reset = Shown.reset
-
-    def with_a_process(*args, **kwargs):
-        process = multiprocessing.Process(target=os.getpid)
-        process.start()
-        process.join()
-        return reset(*args, **kwargs)
-
-    monkeypatch.setattr(Shown, "reset", with_a_process)
-    assert played(cfg)
-
-
 @pytest.mark.parametrize("method", ["__init__", "reset", "step"])
 def test_an_environment_that_breaks_its_process_is_named(monkeypatch, capfd, method):
     cfg = doing(monkeypatch, method, lambda: os._exit(11))

@@ -397,7 +397,7 @@ def in_processes(name, make_env, count):
                 pipe, far = multiprocessing.Pipe()
                 pipes.append(pipe)
                 arguments = name, make_env, far, pipes
-                process = multiprocessing.Process(target=work, args=arguments)
+                process = multiprocessing.Process(target=work, args=arguments, daemon=True)
                 process.start()
                 processes.append(process)
                 far.close()
