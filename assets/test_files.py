@@ -315,7 +315,7 @@ def test_an_evaluation_killed_while_it_writes_its_video_is_made_again(copied, mo
         (copied / name).unlink()
     with monkeypatch.context() as patch:
         patch.setattr(train, "write_video", kill)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             main(*ALL, "--run", copied)
     assert not (copied / "eval.json").exists()
     main(*ALL, "--run", copied)
@@ -775,7 +775,7 @@ def test_a_missing_phase_or_file_is_named(tmp_path, capsys, text, word):
     ("--width", "--phase agent --agent_steps 30 --width 64"),
     ("--latents", "--phase dynamics --latents 4"),
     ("--image_size", "--phase evaluate --image_size 32x32"),
-    ("action space", "--phase dynamics --action_bins 3"),
+    ("--action_bins", "--phase dynamics --action_bins 3"),
     ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"),
     ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"),
     ("--image_size", "--phase collect --collect_episodes 10 --image_size 32x32"),
