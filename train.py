@@ -37,7 +37,7 @@ from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_dis
 from assets.latents import encode_episodes
 from assets.muon import Muon
 from assets.play import Player, serve
-from assets.run import FILES, compile_blocks
+from assets.run import FILES, READ_ONLY, compile_blocks
 from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
                            write_video)
 from assets.worlds import action_sizes, describe_actions, to_action
@@ -63,7 +63,7 @@ class TrainConfig(Config):
     collect_episodes: int = 240     # episodes of random interaction
     hold: int = 4                   # random actions are held for 1 ... hold steps, per component
     uniform_share: float = 0.25     # share of random episodes with a new action in every step
-    rounds: int = 1                 # rounds of all phases (dynamics: first only; agent goes on)
+    rounds: int = 1                 # rounds of all phases; dynamics is trained in the first only
     round_episodes: int = 80        # episodes that the policy collects in every later round
     policy_random: float = 0.1      # share of random actions when the policy collects
     batch_size: int = 32            # sequences per training step, over all processes
@@ -93,7 +93,7 @@ class TrainConfig(Config):
     warmup: int = 50                # steps over which the learning rate rises
     cooldown: float = 0.3           # share of the steps, at the end, in which it falls to a tenth
     weight_decay: float = 0.01      # weight decay of the blocks' matrices
-    ema: float = 0.99               # decay of the averaged weights, used but in imagination
+    ema: float = 0.99               # decay of the averaged weights; imagination has none
     eval_episodes: int = 20         # real episodes per policy in evaluation
     compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
     save_seconds: float = 120.0     # time between checkpoints
@@ -815,8 +815,7 @@ def main(arguments=None):
     for number in (signal.SIGTERM, signal.SIGINT):
         # noted here, looked at between two steps; a second one changes nothing
         signal.signal(number, lambda signum, _: STOP.append(signum))
-    if args.phase in ("evaluate", "dream", "play", "bench"):
-        # work for one process
+    if args.phase in READ_ONLY:
         if is_launched() and os.environ["RANK"] != "0":
             return
     else:

@@ -169,8 +169,8 @@ def main(arguments=None):
     if args.steps < 1:
         fail("--steps must be at least 1")
     state = train.load_checkpoint(args.run / "tokenizer.pt")
-    if args.out.is_file() and args.out.read_text()[:200].splitlines()[:1] not in (
-            [], [",".join(COLUMNS)]):
+    begin = args.out.read_bytes() if args.out.is_file() else b""
+    if begin and not begin.startswith(",".join(COLUMNS).encode()):
         fail(f"--out {args.out} holds something else than ablations; name another file")
     # the file is opened first: what cannot be written is not worth training for
     with open(args.out, "a", newline="") as file, tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.files import check_stop
+from assets.files import check_stop, in_one_line, new_parser
 from assets.run import Run, compile_blocks
 from dreamer4 import Agent, Cache, Tokenizer, imagine
 
@@ -48,7 +48,7 @@ def costs(cfg):
     run = Run("", cfg, 0, None)
     run.device, run.dtype, results = "meta", torch.float32, {}
     for name, frames, work, model in jobs(run):
-        # as play, without decoding
+        # it costs what play does without decoding
         if name == "imagination":
             continue
         waiting = {}
@@ -177,7 +177,14 @@ def bench(run, play, policy):
     print(json.dumps(numbers), flush=True)
 
 
-if __name__ == "__main__":
+@in_one_line()
+def main(arguments=None):
     import train
-    for preset in sys.argv[1:]:
+    parser = new_parser(__doc__)
+    parser.add_argument("preset", nargs="+", choices=train.PRESETS)
+    for preset in parser.parse_args(arguments).preset:
         costs(train.TrainConfig(**train.PRESETS[preset]))
+
+
+if __name__ == "__main__":
+    main()

@@ -42,6 +42,8 @@ def load_checkpoint(path):
     if type(version) is not int or version != FORMAT:
         fail(f"checkpoint {path} is of another version (this code reads format {FORMAT}); "
              "train it again")
+    # older ones were written only once
+    state.setdefault("finished", True)
     try:
         check_contents(state)
     except DAMAGED as error:
@@ -55,8 +57,7 @@ def check_contents(state):
     for name in ("round", "step", "seed"):
         if type(state[name]) is not int or not 0 <= state[name] < 10 ** 9:
             raise ValueError(f"{name} is {state[name]!r}")
-    # older ones were written only once
-    is_unfinished = not state.setdefault("finished", True)
+    is_unfinished = not state["finished"]
     health = {"good", "advantage_std", "kl", "reward"} if state["phase"] == "imagination" else set()
     known = state.get("metrics", {}).keys()
     if is_unfinished and state["step"] and not (known and health <= known):
@@ -100,10 +101,6 @@ def shapes(weights):
     return {name: (tuple(x.shape), x.is_floating_point()) for name, x in weights.items()}
 
 
-# Momenta of AdamW that are
-POSITIVE = {"step", "exp_avg_sq"}
-
-
 def load_optimizers(optimizers, state, path):
     """Momenta of a checkpoint -> the optimizers, whose rates and the like stay those of the code.
 
@@ -118,9 +115,9 @@ def load_optimizers(optimizers, state, path):
             parameters = optimizer.param_groups[0]["params"]
             for i, entries in momenta.items():
                 check_numbers(entries)
-                # step and exp_avg_sq are never negative
-                if any((x < 0).any() for name, x in entries.items() if name in POSITIVE):
-                    raise ValueError("negative numbers where there can be none")
+                for name in entries.keys() & {"step", "exp_avg_sq"}:
+                    if (entries[name] < 0).any():
+                        raise ValueError(f"{name} is negative")
                 wanted = {name: () if name == "step" else tuple(parameters[i].shape)
                           for name in names[type(optimizer).__name__]}
                 found = {name: shape for name, (shape, _) in shapes(entries).items()}

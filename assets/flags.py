@@ -15,7 +15,7 @@ import torch
 from assets import worlds
 from assets.checkpoints import load_checkpoint
 from assets.files import describe, fail, print0
-from assets.run import PHASES, Run
+from assets.run import PHASES, READ_ONLY, Run
 from dreamer4 import Config
 
 # Every seed has its own seeds of the environment (train.SEEDS_PER_RUN)
@@ -132,9 +132,8 @@ def saved_settings(args, folder):
 
 
 def check_episodes(args, folder, saved, overrides):
-    """Episodes that are there must go on being made as they were; other phases save settings."""
-    leaves_settings = args.phase in ("evaluate", "dream", "play", "bench")
-    if not leaves_settings and any(folder.glob("data/*.npz")):
+    """Episodes that are there must go on being made as they were: settings saved say how."""
+    if args.phase not in READ_ONLY and any(folder.glob("data/*.npz")):
         for name in ("env", "env_kwargs", "action_bins", "action_repeat", "image_size"):
             before = saved["config"].get(name, overrides.get(name))
             before = tuple(before) if isinstance(before, list) else before

@@ -21,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from assets.files import fail, in_one_line, new_parser
+from assets.report import mean_and_error
 
 TABLE = Path(__file__).parent / "results/ppo.csv"
 COLUMNS = ("seed", "frames", "minutes", "what", "episodes", "return_mean", "return_se",
@@ -30,11 +31,10 @@ FRAMES = 85_000
 
 
 def evaluate(model, make, cfg, seed):
-    """Returns (n,) on the tracks that train.evaluate drives. The policy acts deterministically."""
+    """The returns on the tracks that train.evaluate drives. The policy acts deterministically."""
     from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
-    returns = []
+    returns, env = [], VecFrameStack(DummyVecEnv([make]), 4)
     for i in range(cfg.eval_episodes):
-        env = VecFrameStack(DummyVecEnv([make]), 4)
         env.seed(train.EVALUATION_SEEDS + seed * 1000 + i)
         frames, total, is_done = env.reset(), 0.0, [False]
         while not is_done[0]:
@@ -42,8 +42,7 @@ def evaluate(model, make, cfg, seed):
             frames, reward, is_done, _ = env.step(action)
             total += float(reward[0])
         returns.append(total)
-        env.close()
-    return np.array(returns)
+    return returns
 
 
 @in_one_line()
@@ -73,18 +72,18 @@ def main(arguments=None):
         writer.writeheader()
 
     def write(what, returns):
-        error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else float("nan")
-        numbers = (args.seed, model.num_timesteps, round((time.time() - start) / 60, 2), what,
-                   len(returns), round(float(returns.mean()), 1), round(float(error), 1),
-                   round(float(np.median(returns)), 1))
-        print(dict(zip(COLUMNS, numbers)), flush=True)
-        writer.writerow(dict(zip(COLUMNS, numbers)))
+        statistics = (*mean_and_error(returns), np.median(returns))
+        row = dict(zip(COLUMNS, (
+            args.seed, model.num_timesteps, round((time.time() - start) / 60, 2), what,
+            len(returns), *(round(float(x), 1) for x in statistics))))
+        print(row, flush=True)
+        writer.writerow(row)
         file.flush()
 
     def goes_on(*_):
         # eight frames per call
         if model.num_timesteps % 4096 == 0 and model.ep_info_buffer:
-            write("while training", np.array([float(x["r"]) for x in model.ep_info_buffer])[-40:])
+            write("while training", [x["r"] for x in model.ep_info_buffer][-40:])
         return not args.minutes or time.time() - start < 60 * args.minutes
 
     model.learn(10 ** 9 if args.minutes else args.frames, callback=goes_on)

@@ -20,6 +20,8 @@ from dreamer4 import Agent, Block, Config, Tokenizer, frozen
 # In the order of time; a checkpoint carries the name of its phase
 PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination",
           "evaluate", "dream", "play", "bench", "all")
+# They leave a run's settings and checkpoints as they are; one process is enough for them
+READ_ONLY = ("evaluate", "dream", "play", "bench")
 FILES = {"tokenizer": "tokenizer.pt", "dynamics": "dynamics.pt", "agent": "agent.pt",
          "imagination": "agent.pt"}
 # Fields of Config that may change between phases; the others are the architecture

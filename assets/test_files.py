@@ -315,8 +315,10 @@ def test_an_evaluation_killed_while_it_writes_its_video_is_made_again(copied, mo
         (copied / name).unlink()
     with monkeypatch.context() as patch:
         patch.setattr(train, "write_video", kill)
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             main(*ALL, "--run", copied)
+    # no error of its own, 2
+    assert ended.value.code == 130
     assert not (copied / "eval.json").exists()
     main(*ALL, "--run", copied)
     assert all((copied / name).exists() for name in made)
@@ -644,7 +646,8 @@ def refused(capsys, folder, text, *words):
     --k_max 6, --episodes 0, --hold 0, --action_bins 1, --action_repeat 0, --long_every 0,
     --updates 0, --batch_size 0, --horizon 0, --envs 0, --seed -1, --seed 9999, --recent_share 2,
     --gamma nan, --weight_decay -1, --temperature inf, --device cuda, --device gpu,
-    --tokenizer_lr -1, --env Nothing-v0, --env CarRacing-v99, --policy no.pt, --run=, --checkpoint="""))
+    --tokenizer_lr -1, --env Nothing-v0, --env CarRacing-v99, --policy no.pt,
+    --run=, --checkpoint="""))
 def test_a_bad_flag_is_named(tmp_path, capsys, flag):
     refused(capsys, tmp_path / "run", flag, re.match("--(.*?)[ =]", flag)[1])
 

@@ -29,7 +29,7 @@ def refused(capsys, script, *arguments, words=()):
     error(capsys, functools.partial(script.main, [*map(str, arguments)]), *words)
 
 
-@pytest.mark.parametrize("script", [ablations, recordings, report, ship])
+@pytest.mark.parametrize("script", [ablations, bench, recordings, report, ship])
 def test_a_script_has_a_help_and_names_a_bad_argument_in_one_line(script, capsys):
     refused(capsys, script, "a", "b", "c", "--bogus", words=["argument"])
     with pytest.raises(SystemExit) as stop:
@@ -219,9 +219,11 @@ def test_ablations_name_settings_that_this_version_does_not_know(copied, tmp_pat
 
 def test_ablations_are_not_added_to_another_table(copied, tmp_path, capsys):
     table = tmp_path / "x.csv"
-    table.write_text("a,b\n")
-    refused(capsys, ablations, copied, "--steps", 1, "--only", "ramp", "--out", table, words=[table])
-    assert table.read_text() == "a,b\n"
+    arguments = (copied, "--steps", 1, "--only", "ramp", "--out", table)
+    for text in (b"a,b\n", b"\xff\xfe"):
+        table.write_bytes(text)
+        refused(capsys, ablations, *arguments, words=[table])
+        assert table.read_bytes() == text
 
 
 # --------------------------------------------------------------------------------------------------
