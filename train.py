@@ -37,7 +37,7 @@ from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_dis
 from assets.latents import encode_episodes
 from assets.muon import Muon
 from assets.play import Player, serve
-from assets.run import FILES, READ_ONLY, compile_blocks
+from assets.run import FILES, READ_ONLY, Progress
 from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
                            write_video)
 from assets.worlds import action_sizes, describe_actions, to_action
@@ -420,30 +420,21 @@ class Loop:
         if state and (state["round"], state["phase"]) == (run.round, phase):
             load_optimizers(self.optimizers, state, self.path)
             self.first_step, self.metrics = state["step"], state.get("metrics", {})
-        if run.cfg.compile:
-            compile_blocks(model)
-        self.model_in_ddp = model
-        if run.world_size > 1:
-            self.model_in_ddp = nn.parallel.DistributedDataParallel(
-                model, forward_sync_buffers=False)
+        self.model_in_ddp = run.compile_and_distribute(model)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print0(f"[{phase}] round {run.round} on {run.device} in {str(run.dtype)[6:]}, "
                f"{run.world_size} process(es), {count / 1e6:.2f} M trained parameters, "
                f"steps {self.first_step} ... {self.steps}")
 
     def __iter__(self):
-        self.start_time = self.log_time = self.save_time = time.time()
-        self.frames, self.step = 0, self.first_step - 1
+        self.save_time, self.step = time.time(), self.first_step - 1
+        self.progress = Progress(self.run, self.phase, self.first_step, self.steps)
         for self.step in range(self.first_step, self.steps):
             self.rng = self.run.seed_phase(self.phase, self.step)
             yield self.step
-            stop = bool(STOP)
             save = time.time() - self.save_time > self.run.cfg.save_seconds
-            if self.run.world_size > 1:
-                # all processes stop and save together
-                votes = torch.tensor([stop, save], device=self.run.device)
-                dist.all_reduce(votes, dist.ReduceOp.MAX)
-                stop, save = votes.tolist()
+            # all processes stop and save together
+            stop, save = self.run.any_process(bool(STOP), save)
             if stop or save:
                 self.save()
             check_stop(stop)
@@ -492,10 +483,8 @@ class Loop:
             with torch.no_grad():
                 torch._foreach_lerp_(
                     list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-        self.frames, self.metrics = self.frames + frames, metrics
-        is_last = self.step + 1 == self.steps
-        if frames and (time.time() - self.log_time > 5 or is_last):
-            self.log()
+        self.metrics = metrics
+        self.progress.update(self.step, frames, metrics)
 
     def learning_rate(self):
         """A linear rise over the warmup, and a linear fall to a tenth in the cooldown."""
@@ -504,19 +493,6 @@ class Loop:
         rise = min(1.0, (self.step + 1) / max(cfg.warmup, 1))
         fall = min(1.0, 0.1 + 0.9 * left / max(cfg.cooldown, 1e-9))
         return self.lr * rise * fall
-
-    def log(self):
-        numbers = {name: float(value) for name, value in self.metrics.items()}
-        seconds = time.time() - self.start_time
-        rate = self.frames / seconds
-        per_step = seconds / (self.step + 1 - self.first_step)
-        minutes = per_step * (self.steps - self.step - 1) / 60
-        text = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        print0(f"[{self.phase}] step {self.step + 1}/{self.steps} {text} | {rate:.0f} frames/s, "
-               f"{minutes:.1f} min left")
-        self.run.log(self.phase, step=self.step + 1, seconds=round(seconds, 1),
-                     frames_per_s=round(rate, 1), **numbers)
-        self.log_time = time.time()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -180,6 +181,22 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(to_json(row) + "\n")
 
+    def compile_and_distribute(self, model):
+        """The model as a training step calls it: compiled and in DDP, where the run is."""
+        if self.cfg.compile:
+            compile_blocks(model)
+        if self.world_size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+
+    def any_process(self, *votes):
+        """For each bool: whether it is true on any process."""
+        if self.world_size == 1:
+            return votes
+        votes = torch.tensor(votes, device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return votes.tolist()
+
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
@@ -209,3 +226,29 @@ class Run:
         module = frozen(module).to(self.device)
         getattr(module, "dynamics", module).to(self.dtype)
         return module
+
+
+class Progress:
+    """What a training loop says every few seconds, on the screen and in metrics.jsonl."""
+
+    def __init__(self, run, phase, first_step, steps):
+        self.run, self.phase, self.first_step, self.steps = run, phase, first_step, steps
+        self.start_time = self.log_time = time.time()
+        self.frames = 0
+
+    def update(self, step, frames, metrics):
+        """frames: the video frames finished with this step; 0: more updates on them follow."""
+        self.frames += frames
+        is_last = step + 1 == self.steps
+        if not frames or time.time() - self.log_time < 5 and not is_last:
+            return
+        numbers = {name: float(value) for name, value in metrics.items()}
+        seconds = time.time() - self.start_time
+        rate = self.frames / seconds
+        minutes = seconds / (step + 1 - self.first_step) * (self.steps - step - 1) / 60
+        text = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        print0(f"[{self.phase}] step {step + 1}/{self.steps} {text} | {rate:.0f} frames/s, "
+               f"{minutes:.1f} min left")
+        self.run.log(self.phase, step=step + 1, seconds=round(seconds, 1),
+                     frames_per_s=round(rate, 1), **numbers)
+        self.log_time = time.time()
