@@ -34,6 +34,8 @@ from dreamer4 import (Agent, Block, Cache, Config, Dream, Dynamics, LossNorm, To
                       two_hot_mean)
 
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # slow
+# Several would only wait for each other on models so small, and ten times as long on a busy machine
+torch.set_num_threads(1)
 TINY = dict(image_size=(12, 20), action_spec=(3, 2), patch=8, latents=4, latent_channels=4,
             tokenizer_width=32, tokenizer_depth=4, tokenizer_heads=2, tokenizer_context=3, pack=2,
             width=32, depth=4, heads=4, kv_heads=2, registers=1, time_every=2, context=3, k_max=8,

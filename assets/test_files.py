@@ -224,14 +224,6 @@ def test_a_run_killed_at_random_moments_gives_the_same_bits(finished, tmp_path, 
 
 
 @pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def beginning(finished, tmp_path):
     """The finished run at the start of its tokenizer phase: config and first round of episodes."""
     folder = tmp_path / "run"
@@ -243,7 +235,7 @@ def beginning(finished, tmp_path):
 
 
 def test_stopped_in_every_phase_at_its_middle_and_end_a_run_gives_the_same_bits(
-        finished, beginning, monkeypatch, one_thread):
+        finished, beginning, monkeypatch):
     folder, update, stopped = beginning, train.Loop.update, []
 
     def update_and_stop(self, *args):
