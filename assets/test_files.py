@@ -192,14 +192,26 @@ def file_names(folder):
     return [{path.name for path in folder.glob(pattern)} for pattern in ("*.*", "data/*")]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_gives_the_same_bits(finished, tmp_path, kills):
+EVALUATION = {"eval.json", "episodes.csv", "dream.gif", "policy.gif"}
+# A kill in the evaluation has a test of its own.
+TRAINING_ONLY = """
+import sys, train
+train.dream = train.evaluate = lambda *args: None
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("kills, script, not_made", [
+    (1, ["-c", TRAINING_ONLY], EVALUATION),
+    pytest.param(20, [train.__file__], set(), marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_gives_the_same_bits(
+        finished, tmp_path, kills, script, not_made):
     folder, rng, phases = tmp_path / "run", np.random.default_rng(kills), []
     lines = len((finished / "stdout").read_text().splitlines())
     # A killed run does not get further than its last checkpoint, and every start prints anew: it
     # lives for a few lines at a time.
     for _ in range(kills):
-        process = start("-u", train.__file__, *ALL, "--run", folder, "--save_seconds", 0)
+        process = start("-u", *script, *ALL, "--run", folder, "--save_seconds", 0)
         wanted, printed = rng.integers(1, 2 + 2 * lines // kills), 0
         while printed < wanted and (line := process.stdout.readline()):
             printed += "finished before" not in line
@@ -211,14 +223,15 @@ def test_a_run_killed_at_random_moments_gives_the_same_bits(finished, tmp_path, 
         for path in folder.glob("data/*.npz"):
             settings = json.loads((folder / "config.json").read_text())["config"]
             train.load_episode(path, train.TrainConfig(**settings))
-    process = start(train.__file__, *ALL, "--run", folder)
+    process = start(*script, *ALL, "--run", folder)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     if kills == 20:
         assert {"[collect", "[tokenizer", "[dynamics", "[agent", "[imagination"} <= set(phases)
     for name in CHECKPOINTS:
         assert not differences(load(folder, name), load(finished, name))
-    assert file_names(folder) == file_names(finished)
+    files, episodes = file_names(finished)
+    assert file_names(folder) == [files - not_made, episodes]
     # no episode is lost, changed or there twice
     assert are_in(read_episodes(finished), read_episodes(folder))
 
@@ -267,8 +280,7 @@ def test_stopped_in_every_phase_at_its_middle_and_end_a_run_gives_the_same_bits(
     # those that the policy collected, too
     assert are_in(read_episodes(finished), read_episodes(folder))
     # the phases' pictures are not forgotten
-    not_made_here = {"eval.json", "episodes.csv", "dream.gif", "policy.gif"}
-    assert file_names(finished)[0] - file_names(folder)[0] == not_made_here
+    assert file_names(finished)[0] - file_names(folder)[0] == EVALUATION
 
 
 def kill(*args, **kwargs):
@@ -305,6 +317,8 @@ def test_an_evaluation_killed_while_it_writes_its_video_is_made_again(copied, mo
     made = ["eval.json", "episodes.csv", "policy.gif"]
     for name in made:
         (copied / name).unlink()
+    monkeypatch.setattr(train, "dream", lambda *args: None)
+    monkeypatch.setattr(measures, "model_measures", lambda *args: ({}, []))
     with monkeypatch.context() as patch:
         patch.setattr(train, "write_video", kill)
         with pytest.raises(SystemExit) as ended:
@@ -368,6 +382,7 @@ def to_device(self, batch, original=Run.to_device):
     return batch
 
 train.Loop.update, Run.to_device = update, to_device
+train.write_dream = train.write_reconstructions = lambda *args: None
 
 def steps(phase, **changes):
     saved = json.load(open(folder + "/config.json"))
