@@ -1132,6 +1132,7 @@ def test_the_code_reaches_the_size_of_the_paper(capsys):
     sizes = json.loads(capsys.readouterr().out)
     assert 3.5e8 < sizes["tokenizer_parameters"] < 4.5e8
     assert 1.4e9 < sizes["dynamics_parameters"] < 1.8e9
+    error(capsys, lambda: main("--preset", "paper", "--phase", "bench", "--width", 30), "width")
 
 
 README = (Path(train.__file__).parent / "README.md").read_text()

@@ -638,14 +638,14 @@ def train_agent(run):
 class Imagination(nn.Module):
     """The loss of phase 3 as the forward of a module that holds just what it trains, for DDP."""
 
-    def __init__(self, agent, replay_value):
+    def __init__(self, agent, replay_value=0.0):
         super().__init__()
         # in a tuple: neither trained nor saved
         self.frozen, self.replay_value = (agent, frozen(agent.policy_head)), replay_value
         self.policy_head = agent.policy_head.requires_grad_(True)
         self.value_head = agent.value_head.requires_grad_(True)
 
-    def forward(self, rollout, policy_weight, real):
+    def forward(self, rollout, policy_weight, real=None):
         """real: what really happened, in the form of a rollout; it trains the value only."""
         agent, prior = self.frozen
         loss, metrics = agent.imagination_loss(rollout, prior, policy_weight)
@@ -814,7 +814,7 @@ def main(arguments=None):
     else:
         init_distributed(args.device)
     if args.preset == "paper" and args.phase == "bench":
-        return bench.costs(TrainConfig(**PRESETS["paper"] | args.settings))
+        return bench.costs(flags.make_config(TrainConfig, PRESETS["paper"] | args.settings))
     start, run = time.time(), flags.open_run(args, PRESETS, TrainConfig)
     agent = Path(args.checkpoint or run.folder / "agent.pt")
     # all have read config.json before the main process writes it

@@ -3,6 +3,7 @@
     from assets.checkpoints import load_checkpoint
 """
 import json
+import warnings
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +33,10 @@ def load_checkpoint(path):
             # torch does not look at the checksums
             if name := archive.testzip():
                 raise ValueError(f"checksum of {name}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # the error says the same
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises many kinds of errors on damaged files
         reason = " ".join(str(error).split())[:200]

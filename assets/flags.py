@@ -131,6 +131,14 @@ def saved_settings(args, folder):
         fail(f"{path} is damaged ({describe(error)}); delete it and give the flags again")
 
 
+def make_config(config, settings):
+    """config(**settings); what contradicts ends the program."""
+    try:
+        return config(**settings)
+    except ValueError as error:
+        fail(error)
+
+
 def check_episodes(args, folder, saved, overrides):
     """Episodes that are there must go on being made as they were: settings saved say how."""
     if args.phase not in READ_ONLY and any(folder.glob("data/*.npz")):
@@ -182,9 +190,7 @@ def open_run(args, presets, config):
         check_episodes(args, folder, saved, overrides)
     spec = {} if actions is None else {"action_spec": worlds.action_sizes(actions)}
     try:
-        cfg = config(**saved["config"] | overrides | spec)
-    except ValueError as error:
-        fail(error)
+        cfg = make_config(config, saved["config"] | overrides | spec)
     except TypeError as error:
         path = args.checkpoint or folder / "config.json"
         fail(f"{path} has settings that this version does not know: {error}")

@@ -171,7 +171,8 @@ def usual_reward(episodes):
     """The most frequent one: in many tasks every step costs a little; what differs is news."""
     rewards = np.concatenate([e["rewards"][1:] for e in episodes])
     values, counts = np.unique(rewards.round(3), return_counts=True)
-    return float(values[counts.argmax()])
+    # none in episodes of one frame
+    return float(values[counts.argmax()]) if len(values) else 0.0
 
 
 def is_unusual(rewards, usual):

@@ -257,7 +257,8 @@ def main(arguments=None):
                 raise ValueError("no frame of it can be used")
         except Exception as error:
             # readers of videos raise many kinds of errors, some with pages of text
-            print(f"error: {path}: {describe(error)}", file=sys.stderr, flush=True)
+            line = " ".join(f"error: {path}: {describe(error)}".splitlines())
+            print(line, file=sys.stderr, flush=True)
             failed += 1
             continue
         lengths += new

@@ -65,6 +65,8 @@ class Run:
         """actions: from describe_actions; overrides: names of the settings given as flags."""
         self.folder, self.cfg, self.seed, self.actions = Path(folder), cfg, seed, actions
         self.preset, self.overrides, self.round = preset, overrides, 0
+        # (file, settings) of the last checkpoint that was read
+        self.architecture_from = None
         self.device, self.dtype = choose_device(device)
         self.rank, self.world_size = 0, 1
         if dist.is_initialized():
@@ -150,8 +152,13 @@ class Run:
             fail(f"checkpoint {path} has another action space than {cfg.env or '--action_spec'} "
                  f"({self.folder / 'config.json'}) with --action_bins {cfg.action_bins}: "
                  f"{differences}; use another --run or --env")
+        other, before = self.architecture_from or (path, saved)
         for name in architecture:
+            if saved[name] != before[name]:
+                fail(f"{path} and {other} do not belong together: {name} is {saved[name]} and "
+                     f"{before[name]}; delete the one that is wrong, or use another --run")
             setattr(cfg, name, saved[name])
+        self.architecture_from = path, saved
         try:
             # other settings may contradict the new ones
             cfg.__post_init__()

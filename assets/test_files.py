@@ -820,6 +820,16 @@ def test_a_policy_of_another_architecture_does_not_spoil_a_run(copied, capsys, c
     assert contents(copied) == before
 
 
+def test_checkpoints_of_two_architectures_are_named(copied, capsys):
+    state = load(copied, "tokenizer.pt")
+    state["config"]["latents"] = 4
+    weights = Tokenizer(train.TrainConfig(**state["config"])).state_dict()
+    torch.save(state | {"model": weights, "ema": weights}, copied / "tokenizer.pt")
+    (copied / "agent.pt").unlink()
+    error(capsys, lambda: main("--phase", "agent", "--run", copied), "tokenizer.pt", "dynamics.pt",
+          "latents is 8 and 4")
+
+
 def test_a_run_takes_the_architecture_of_its_checkpoints(copied):
     run = load_run(copied)
     # as in a run whose config.json is of another preset
@@ -839,8 +849,11 @@ def test_a_damaged_config_is_named(tmp_path, capsys, text):
     error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")
 
 
-def test_ragged_actions_of_a_config_are_named(tmp_path, capsys):
-    actions = {"sizes": [2, 2], "low": [[1], [1, 2]], "step": [1, 1], "dtype": "float32"}
+@pytest.mark.parametrize("wrong", [
+    {"low": [[1], [1, 2]]}, {"low": [10 ** 400, 0]}, {"low": [10 ** 30, 0], "dtype": "int64"},
+    {"dtype": "i4,(2f4"}])
+def test_actions_of_a_config_that_cannot_be_read_are_named(tmp_path, capsys, wrong):
+    actions = {"sizes": [2, 2], "low": [0, 0], "step": [1, 1], "dtype": "float32"} | wrong
     settings = {"config": {}, "actions": actions, "seed": 0, "preset": "cpu"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     error(capsys, lambda: main("--phase", "collect", "--run", tmp_path), "config.json", "damaged")

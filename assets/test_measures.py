@@ -53,7 +53,9 @@ def test_drives_that_fail_and_tiles_that_were_visited_are_counted_in_carracing_o
 
 @pytest.mark.parametrize("rewards, usual", [
     # a driver that is paid most of the time, a little different every time
-    ([-0.4, -0.4, -0.4, 2.81, 2.92, 3.03, 2.74, 6.1], -0.4), ([0, 0, 0, 1, 1], 0), ([1, 1, 0], 1)])
+    ([-0.4, -0.4, -0.4, 2.81, 2.92, 3.03, 2.74, 6.1], -0.4), ([0, 0, 0, 1, 1], 0), ([1, 1, 0], 1),
+    # episodes of one frame
+    ([], 0)])
 def test_the_usual_reward_is_the_most_frequent(rewards, usual):
     # no reward came with the first frame
     episodes = [{"rewards": np.array([9.0, *rewards], np.float32)}] * 2

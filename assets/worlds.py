@@ -106,7 +106,11 @@ def checked_sizes(description):
     sizes = action_sizes(description)
     # recorded data knows nothing but the sizes
     if "low" in description:
-        to_action(description, [0] * len(sizes))
+        try:
+            to_action(description, [0] * len(sizes))
+        except (OverflowError, SyntaxError) as error:
+            # of numbers and dtypes that NumPy cannot read
+            raise ValueError(f"actions are {describe(error)}") from error
     return sizes
 
 
