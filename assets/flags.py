@@ -111,7 +111,11 @@ def run_folder(args):
 def saved_settings(args, folder):
     """What --checkpoint or the run's config.json was made with; {} for a new run."""
     if args.checkpoint:
-        state = load_checkpoint(args.checkpoint)
+        path, own = Path(args.checkpoint), folder / "config.json"
+        is_foreign = own.exists() and path.resolve().parent != folder.resolve()
+        if is_foreign and args.phase not in READ_ONLY:
+            fail(f"--checkpoint {path}, but {own} has settings already; use another --run")
+        state = load_checkpoint(path)
         actions = json.loads(state["actions"])
         return {"config": state["config"], "actions": actions, "seed": state["seed"]}
     path = folder / "config.json"

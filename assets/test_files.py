@@ -820,6 +820,18 @@ def test_a_policy_of_another_architecture_does_not_spoil_a_run(copied, capsys, c
     assert contents(copied) == before
 
 
+def test_a_run_keeps_its_settings_when_it_is_given_a_checkpoint_of_another(
+        finished, copied, capsys):
+    settings = json.loads((copied / "config.json").read_text())
+    settings["config"]["env"] = "Other-v0"
+    (copied / "config.json").write_text(json.dumps(settings))
+    before = contents(copied)
+    for phase in ("collect", "tokenizer"):
+        error(capsys, lambda: main("--phase", phase, "--run", copied, "--episodes", 8,
+                                   "--checkpoint", finished / "tokenizer.pt"), "another --run")
+    assert contents(copied) == before
+
+
 def test_checkpoints_of_two_architectures_are_named(copied, capsys):
     state = load(copied, "tokenizer.pt")
     state["config"]["latents"] = 4
