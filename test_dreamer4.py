@@ -1013,8 +1013,8 @@ def test_with_replay_value_the_value_also_learns_from_what_really_came(copied, m
     for name in ("actions", "rewards", "continues"):
         assert torch.equal(real[name], batch[name][:, 1:])
     # the policy does not: it did not choose those actions
-    model, losses = train.Imagination(load_run(copied).load_agent(copied / "agent.pt")[1], 0.5), []
-    gradients = []
+    _, agent, _ = load_run(copied).load_agent(copied / "agent.pt")
+    model, losses, gradients = train.Imagination(agent, 0.5), [], []
     for given_real in (None, real):
         model.zero_grad()
         loss, _ = model(rollout, 1.0, given_real)

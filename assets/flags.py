@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from assets import worlds
-from assets.checkpoints import load_checkpoint
+from assets.checkpoints import DAMAGED, load_checkpoint
 from assets.files import describe, fail, print0
 from assets.run import PHASES, READ_ONLY, Run
 from dreamer4 import Config
@@ -110,15 +110,15 @@ def run_folder(args):
 
 def saved_settings(args, folder):
     """What --checkpoint or the run's config.json was made with; {} for a new run."""
+    path = folder / "config.json"
     if args.checkpoint:
-        path, own = Path(args.checkpoint), folder / "config.json"
-        is_foreign = own.exists() and path.resolve().parent != folder.resolve()
-        if is_foreign and args.phase not in READ_ONLY:
-            fail(f"--checkpoint {path}, but {own} has settings already; use another --run")
-        state = load_checkpoint(path)
+        is_foreign = Path(args.checkpoint).resolve().parent != folder.resolve()
+        if is_foreign and path.exists() and args.phase not in READ_ONLY:
+            fail(f"--checkpoint {args.checkpoint}, but {path} has settings already; use another "
+                 "--run")
+        state = load_checkpoint(args.checkpoint)
         actions = json.loads(state["actions"])
         return {"config": state["config"], "actions": actions, "seed": state["seed"]}
-    path = folder / "config.json"
     if not os.path.lexists(path):
         return {}
     try:
@@ -131,7 +131,7 @@ def saved_settings(args, folder):
         if type(saved["seed"]) is not int or type(saved["preset"]) is not str:
             raise ValueError(f"seed is {saved['seed']!r}, preset is {saved['preset']!r}")
         return saved
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, *DAMAGED) as error:
         fail(f"{path} is damaged ({describe(error)}); delete it and give the flags again")
 
 
