@@ -1,8 +1,6 @@
 """Tests of dreamer4.py and train.py, as statements about the method. Run: python -m pytest"""
 import ast
-import atexit
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -11,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import time
 import warnings
 from pathlib import Path
 from unittest.mock import Mock
@@ -825,22 +823,26 @@ def start(*arguments, env={}):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@functools.cache
-def finished_run():
-    """The run folder of the tiny preset, two rounds; what it printed is in the file stdout."""
-    folder = Path(tempfile.mkdtemp()) / "tiny"
-    atexit.register(shutil.rmtree, folder.parent)
-    process = start(train.__file__, *ALL, "--run", folder)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stdout + stderr
-    (folder / "stdout").write_text(stdout)
-    return folder
-
-
 @pytest.fixture(scope="session")
-def finished():
-    """Once for all test files."""
-    return finished_run()
+def finished(tmp_path_factory):
+    """The run folder of the tiny preset, two rounds; what it printed is in the file stdout.
+
+    One for all test files and processes: the first that needs it makes it, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    printed, deadline = folder / "stdout", time.monotonic() + 300
+    try:
+        folder.mkdir()
+        process = start(train.__file__, *ALL, "--run", folder)
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stdout + stderr
+        printed.write_text(stdout)
+    except FileExistsError:
+        while not printed.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    return folder
 
 
 @pytest.fixture

@@ -469,10 +469,9 @@ class Loop:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         # one look at the device, not two
         if not torch.isfinite(norm + loss):
-            fail(f"{self.phase}, step {self.step}: the loss is not finite (loss {loss.item()}, "
-                 f"gradient norm {norm.item()}); {self.path} from before, if "
-                 "any, is intact; try a smaller learning rate (--tokenizer_lr, --dynamics_lr, "
-                 "--policy_lr)")
+            fail(f"{self.phase}, step {self.step}: not finite: loss {loss.item()}, "
+                 f"gradient norm {norm.item()}; {self.path} from before, if any, is intact; try a "
+                 "smaller learning rate (--tokenizer_lr, --dynamics_lr, --policy_lr)")
         lr = self.learning_rate()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -522,20 +521,16 @@ def collect(run, policy_file=None, first=None, wanted=None):
     if policy_file:
         tokenizer, agent, _ = run.load_agent(policy_file)
         policy = AgentPolicy(tokenizer, agent, cfg, policy_seed, cfg.policy_random)
-    start, frames, returns = time.time(), 0, []
+    progress, returns = Progress(run, "collect", len(done), wanted), []
     for seed, episode in play(cfg, policy, seeds, done):
         if not returns:
             run.save_config()
         episode.pop("values", None)
         write_file(paths[seed], functools.partial(np.savez_compressed, **episode))
-        frames += len(episode["frames"])
         returns.append(float(episode["rewards"].sum()))
-        if len(returns) % cfg.envs == 0 or len(returns) + len(done) == wanted:
-            rate = frames / (time.time() - start)
-            print0(f"[collect] {len(returns)}/{wanted - len(done)} episodes, {frames} frames at "
-                   f"{rate:.0f} frames/s, return {np.mean(returns):.1f} ± {np.std(returns):.1f}")
-            run.log("collect", episodes=len(returns), frames=frames, frames_per_s=round(rate, 1),
-                    return_mean=float(np.mean(returns)))
+        metrics = {"return_mean": np.mean(returns), "return_std": np.std(returns)}
+        count = len(done) + len(returns)
+        progress.update(count - 1, len(episode["frames"]), metrics)
 
 
 def train_tokenizer(run):
@@ -808,11 +803,10 @@ def main(arguments=None):
     for number in (signal.SIGTERM, signal.SIGINT):
         # noted here, looked at between two steps; a second one changes nothing
         signal.signal(number, lambda signum, _: STOP.append(signum))
-    if args.phase in READ_ONLY:
-        if is_launched() and os.environ["RANK"] != "0":
-            return
-    else:
+    if args.phase not in READ_ONLY:
         init_distributed(args.device)
+    elif is_launched() and os.environ["RANK"] != "0":
+        return
     if args.preset == "paper" and args.phase == "bench":
         return bench.costs(flags.make_config(TrainConfig, PRESETS["paper"] | args.settings))
     start, run = time.time(), flags.open_run(args, PRESETS, TrainConfig)

@@ -236,7 +236,10 @@ class Run:
 
 
 class Progress:
-    """What a training loop says every few seconds, on the screen and in metrics.jsonl."""
+    """What a phase says every few seconds, on the screen and in metrics.jsonl.
+
+    Steps are those of training; in collection they are episodes.
+    """
 
     def __init__(self, run, phase, first_step, steps):
         self.run, self.phase, self.first_step, self.steps = run, phase, first_step, steps

@@ -97,9 +97,9 @@ def test_a_checkpoint_alone_is_enough_without_optimizer_in_half_precision(
 
 
 def test_the_same_command_again_retrains_nothing_and_changes_nothing(copied, capsys):
-    before, began = contents(copied), time.time()
+    before, began = contents(copied), time.process_time()
     main(*ALL, "--run", copied)
-    assert contents(copied) == before and time.time() - began < 3
+    assert contents(copied) == before and time.process_time() - began < 3
     assert capsys.readouterr().out.count("finished before") >= 4
 
 
@@ -889,13 +889,13 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copied, capsys):
 @pytest.mark.parametrize("variables", [
     {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x", "RANK": "nobody"}, {"RANK": "1"},
     {"TORCHELASTIC_RUN_ID": "x"}])
-def test_variables_of_other_launchers_mean_nothing(finished, monkeypatch, capsys, variables):
+def test_variables_of_other_launchers_mean_nothing(
+        finished, tmp_path, monkeypatch, capsys, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     for phase in ("tokenizer", "dream"):
-        main("--phase", phase, "--run", finished, "--length", 9, "--record", finished / "x.gif")
+        main("--phase", phase, "--run", finished, "--length", 9, "--record", tmp_path / "x.gif")
         assert f"[{phase}]" in capsys.readouterr().out
-    (finished / "x.gif").unlink()
 
 
 def test_a_terminal_that_cannot_show_a_sign_stops_nothing(finished):

@@ -14,7 +14,7 @@ import torch
 
 from assets.play import Player
 from dreamer4 import Agent, Config, Tokenizer
-from test_dreamer4 import finished_run, start
+from test_dreamer4 import finished, start
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 STILL = {"k": 4, "policy": False, "x": 0, "y": 0}
@@ -80,11 +80,10 @@ def test_at_most_8_tabs_dream_and_a_silent_one_makes_room(player):
 # The server of the real script
 
 @pytest.fixture(scope="module")
-def port():
+def port(finished):
     """The port of a running server."""
-    run = finished_run()
-    process = start("-u", TRAIN, "--phase", "play", "--checkpoint", run / "agent.pt", "--run", run,
-                    "--port", 0)
+    process = start("-u", TRAIN, "--phase", "play", "--checkpoint", finished / "agent.pt", "--run",
+                    finished, "--port", 0)
     yield int(re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[1])
     process.terminate()
     assert process.wait(30) == 0
