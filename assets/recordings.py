@@ -86,6 +86,8 @@ def minerl(path, size, spec):
         rewards = np.append(0, rendered["reward"])
         check_numbers("reward", rewards)
         names = sorted(key.split("$")[1] for key in rendered if key.startswith("action$"))
+        if not names:
+            raise ValueError("rendered.npz holds no actions")
         parts = [categories(name, rendered[f"action${name}"], names) for name in names]
     spec, columns = zip(*parts)
     T = len(rewards)
@@ -118,7 +120,7 @@ def categories(name, values, names):
     is_navigate = name == "place" and "craft" not in names
     known = ["dirt", "none"] if is_navigate else CATEGORIES.get(name, [])
     unknown = set(values.ravel().tolist()).difference(known)
-    if unknown:
+    if unknown or not known:
         raise ValueError(f"action${name} has unknown values: {sorted(unknown)}")
     return len(known), np.searchsorted(known, values)
 
@@ -196,22 +198,31 @@ FORMATS = {"minerl": (minerl, "rendered.npz"), "vpt": (vpt, "*.jsonl"), "video":
 
 
 def write_episodes(steps, target, name, terminal):
-    """Cuts a recording into episode files; only the last can be terminal. Returns their lengths."""
-    lengths, step = [], next(steps, None)
-    while step:
-        # room for all frames at once: kept one by one, they would leave the memory full of holes
-        frames, rest = np.empty((LONGEST_EPISODE, *step[0].shape), np.uint8), []
-        while step and len(rest) < LONGEST_EPISODE:
-            frames[len(rest)] = step[0]
-            rest.append(step[1:])
-            step = next(steps, None)
-        actions, rewards = zip(*rest)
-        episode = {"frames": frames[:len(rest)], "actions": np.array(actions, np.int16),
-                   "rewards": np.array(rewards, np.float32),
-                   "terminal": np.array(terminal and not step)}
-        path = target / f"{name}-{sum(lengths):06d}.npz"
-        write_file(path, lambda file: np.savez_compressed(file, **episode))
-        lengths.append(len(rest))
+    """Cuts a recording into episode files; only the last can be terminal. Returns their lengths.
+
+    Of a recording that breaks off none is left.
+    """
+    lengths, paths, step = [], [], next(steps, None)
+    try:
+        while step:
+            # room for all frames at once: one by one, they would leave the memory full of holes
+            frames, rest = np.empty((LONGEST_EPISODE, *step[0].shape), np.uint8), []
+            while step and len(rest) < LONGEST_EPISODE:
+                frames[len(rest)] = step[0]
+                rest.append(step[1:])
+                step = next(steps, None)
+            actions, rewards = zip(*rest)
+            episode = {"frames": frames[:len(rest)], "actions": np.array(actions, np.int16),
+                       "rewards": np.array(rewards, np.float32),
+                       "terminal": np.array(terminal and not step)}
+            path = target / f"{name}-{sum(lengths):06d}.npz"
+            write_file(path, lambda file: np.savez_compressed(file, **episode))
+            paths.append(path)
+            lengths.append(len(rest))
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
     return lengths
 
 
@@ -230,7 +241,9 @@ def main(arguments=None):
         size, video_spec = (tuple(map(int, re.split("[x,]", text)))
                             for text in (args.size, args.action_spec))
         Config(image_size=size, action_spec=video_spec)
-    except ValueError as error:
+        # which holds an episode's actions
+        np.array(video_spec, np.int16)
+    except (ValueError, OverflowError) as error:
         fail(f"--size {args.size} or --action_spec {args.action_spec} cannot be ({error}); give "
              "numbers such as 64x64 and 2,121")
     paths = sorted(args.source.rglob(pattern))
@@ -238,8 +251,9 @@ def main(arguments=None):
         fail(f"{args.source} holds no {pattern}; give the folder of the recordings")
     lengths, failed, spec, names = [], 0, None, set()
     for number, path in enumerate(paths, 1):
-        # with its subfolders: recordings of several folders may have the same name
-        name = "-".join(path.relative_to(args.source).with_suffix("").parts)
+        # with its subfolders: recordings of several folders may have the same name; names of files
+        # may not be much longer
+        name = "-".join(path.relative_to(args.source).with_suffix("").parts)[-200:]
         while name in names:
             name += "+"
         names.add(name)

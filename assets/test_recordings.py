@@ -185,6 +185,21 @@ def test_so_is_a_broken_file(make, pattern, reason, tmp_path, capfd):
     assert named.startswith(f"error: {broken.parent}") and reason in named
 
 
+def test_of_a_recording_that_breaks_off_nothing_is_left(tmp_path, monkeypatch, capfd):
+    def resize(frame, size, original=recordings.resize):
+        frames.append(frame)
+        if len(frames) == 10:
+            raise OSError("the end of the tape")
+        return original(frame, size)
+
+    frames = []
+    monkeypatch.setattr(recordings, "resize", resize)
+    monkeypatch.setattr(recordings, "LONGEST_EPISODE", 4)
+    video(tmp_path)
+    assert recordings.main(["video", str(tmp_path), str(tmp_path / "data")]) == 1
+    assert "end of the tape" in capfd.readouterr().err and not [*(tmp_path / "data").iterdir()]
+
+
 @pytest.mark.parametrize("make, pattern", [
     (minerl, "*.npz"), (minerl, "*.mp4"), (vpt, "*.jsonl"), (vpt, "*.mp4"), (video, "*.mp4")])
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(make, pattern, tmp_path, capfd):
@@ -276,12 +291,12 @@ def test_metadata_that_minerl_cannot_have_is_named(metadata, reason, tmp_path, c
 
 
 def test_recordings_have_names_of_their_own_and_the_command_is_one_for_a_shell(tmp_path, capfd):
-    for name in ("a-b/c.mp4", "a/b-c.mp4"):
+    for name in ("a-b/c.mp4", "a/b-c.mp4", f"{'a' * 200}/{'b' * 200}.mp4"):
         (tmp_path / "from" / name).parent.mkdir(parents=True)
         grey_video(tmp_path / "from" / name, 3)
     target = tmp_path / "my run/data"
     assert recordings.main(["video", str(tmp_path / "from"), str(target)]) == 0
-    assert len(list(target.iterdir())) == 2
+    assert len(list(target.iterdir())) == 3
     assert f"--run '{tmp_path / 'my run'}' " in capfd.readouterr().out.splitlines()[-1]
 
 
@@ -299,6 +314,14 @@ def test_recordings_that_minerl_cannot_use_are_named(folder, arrays, reason, tmp
     np.savez(path, **arrays)
     assert recordings.main(["minerl", str(tmp_path), str(tmp_path / "data")]) == 1
     assert reason in capfd.readouterr().err
+
+
+def test_a_recording_without_actions_is_named(tmp_path, capfd):
+    minerl(tmp_path)
+    for arrays, reason in [({}, "holds no actions"), ({"action$x": np.zeros(0)}, "action$x has")]:
+        np.savez(tmp_path / "v3_one/rendered.npz", reward=np.zeros(0), **arrays)
+        assert recordings.main(["minerl", str(tmp_path), str(tmp_path / "data")]) == 1
+        assert reason in capfd.readouterr().err
 
 
 def test_recordings_of_another_environment_need_another_target(tmp_path, capfd):
@@ -440,7 +463,8 @@ def test_size_and_the_action_spec_of_videos_are_options(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("option, values", [
-    ("--action_spec", ["x,y", "", "0,-3", "2.5"]), ("--size", ["axb", "", "0x64", "64", "9x9x9"])])
+    ("--action_spec", ["x,y", "", "0,-3", "2.5", "40000"]),
+    ("--size", ["axb", "", "0x64", "64", "9x9x9"])])
 def test_what_cannot_be_trained_with_is_refused(option, values, tmp_path, capsys):
     video(tmp_path)
     for value in values:
