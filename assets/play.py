@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or len(length) > 4 or int(length) > 1000:
             return 400, b"the body must be a small JSON object", "text/plain"
-        body, self.close_connection = self.rfile.read(int(length)), False
+        body, self.close_connection = self.rfile.read(int(length)), self.should_close
         try:
             with self.server.one_at_a_time:
                 state = getattr(self.server.player, self.path[1:])(**json.loads(body))
@@ -145,8 +145,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self):
-        # unless the body is read
-        self.close_connection = True
+        # as the client asked if the body is read, else at once
+        self.should_close, self.close_connection = self.close_connection, True
         self.do_GET()
 
     def log_message(self, *_):

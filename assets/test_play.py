@@ -159,11 +159,12 @@ def test_steps_that_make_no_sense_are_refused_and_the_dream_goes_on(ask, wrong):
     ask("/stop", {"session": session})
 
 
-@pytest.mark.parametrize("path, stays", [("/start", True), ("/x", False)])
-def test_a_connection_ends_with_a_body_that_was_not_read(port, path, stays):
+@pytest.mark.parametrize("path, headers, stays", [
+    ("/start", {}, True), ("/x", {}, False), ("/start", {"Connection": "close"}, False)])
+def test_a_connection_ends_as_asked_or_with_a_body_that_was_not_read(port, path, headers, stays):
     """Else the body of a refused request would be taken for the next request."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", path, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    connection.request("POST", path, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", headers)
     assert connection.getresponse().read()
     if stays:
         socket = connection.sock
