@@ -868,7 +868,7 @@ class Agent(nn.Module):
         entropy = -sum((p.exp() * p).sum(-1) for p in self.log_policy(logits)).mean()
         metrics = {
             "policy": policy, "value": value, "kl": kl.mean(), "entropy": entropy,
-            "good": (advantage >= 0).float().mean(), "advantage_std": advantage.std(),
+            "good": (advantage >= 0).float().mean(), "advantage_std": advantage.std(correction=0),
             "reward": rewards.mean(), "return": returns[:, 0].mean()}
         metrics = {name: number.detach() for name, number in metrics.items()}
         return policy_weight * policy + value, metrics

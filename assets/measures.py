@@ -31,7 +31,7 @@ def correlation(a, b):
 
 def mean_return(episodes):
     """Mean of the episodes' returns, and its standard error."""
-    returns = np.array([episode["rewards"].sum() for episode in episodes])
+    returns = np.array([episode["rewards"].sum() for episode in episodes], float)
     count = len(returns)
     return float(returns.mean()), float(returns.std(ddof=min(1, count - 1)) / count ** 0.5)
 
@@ -66,12 +66,14 @@ def predict_rewards(agent, episode, chunk=32):
 def predicted_and_real_rewards(agent, episodes):
     """Of all frames of the episodes but their first, two flat arrays."""
     predicted = [predict_rewards(agent, episode)[1:] for episode in episodes]
-    return np.concatenate(predicted), np.concatenate([e["rewards"][1:] for e in episodes])
+    real = [e["rewards"][1:] for e in episodes]
+    # large ones have squares that float32 cannot hold
+    return np.concatenate(predicted, dtype=float), np.concatenate(real, dtype=float)
 
 
 def reward_health(agent, data):
     """The agent phase's health report: a dict of numbers, and a list of lines. data: train.Data."""
-    rewards = np.concatenate([e["rewards"][1:] for e in data.train])
+    rewards = np.concatenate([e["rewards"][1:] for e in data.train], dtype=float)
     predicted, real = predicted_and_real_rewards(agent, data.held_out)
     share = float(data.is_unusual(rewards).mean())
     numbers = {"reward_corr": correlation(predicted, real), "reward_share": share}
@@ -163,7 +165,7 @@ def values_and_returns(episode, gamma):
 def value_correlation(episodes, gamma):
     """Correlation of value and real discounted return, over the frames of episodes with values."""
     pairs = [values_and_returns(episode, gamma) for episode in episodes]
-    values, returns = (np.concatenate(arrays) for arrays in zip(*pairs))
+    values, returns = (np.concatenate(arrays, dtype=float) for arrays in zip(*pairs))
     return correlation(values, returns)
 
 

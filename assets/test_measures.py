@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import types
+import warnings
 
 import imageio.v3 as imageio
 import numpy as np
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 import train
 from assets import measures, videos
-from dreamer4 import Tokenizer, frozen
+from dreamer4 import Agent, Tokenizer, frozen, imagine
 # the fixtures among these work in a file that imports them
 from test_dreamer4 import (config, copied, finished, main, new_agent, read_episodes, seeded,
                            signals)
@@ -39,6 +40,26 @@ def test_returns_by_hand():
     episode = {"rewards": rewards, "values": np.zeros(4), "terminal": True}
     _, returns = measures.values_and_returns(episode, 0.5)
     assert returns.tolist() == [3, 4, 4, 0]
+
+
+def test_huge_rewards_and_a_single_imagined_step_warn_of_nothing(monkeypatch):
+    def predict(agent, episode):
+        return episode["rewards"] / 2
+
+    monkeypatch.setattr(measures, "predict_rewards", predict)
+    rewards = np.array([0, 1e30, -1e30, 2e29], np.float32)
+    episodes = [{"rewards": rewards, "values": rewards, "terminal": True}] * 2
+    data = types.SimpleNamespace(
+        train=episodes, held_out=episodes, usual_reward=0.0, is_unusual=lambda x: x != 0)
+    agent = Agent(config())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measures.reward_health(None, data)[0]["reward_corr"] == pytest.approx(1)
+        measures.mean_return([{"rewards": rewards}, {"rewards": -rewards}])
+        measures.value_correlation(episodes, 0.9)
+        rollout = imagine(agent, torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2).long(), horizon=1)
+        _, metrics = agent.imagination_loss(rollout, frozen(agent.policy_head))
+    assert metrics["advantage_std"] == 0
 
 
 def test_drives_that_fail_and_tiles_that_were_visited_are_counted_in_carracing_only():
