@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer4
 import train
-from assets.files import describe, fail, in_one_line, new_parser
+from assets.files import append_to, describe, fail, in_one_line, new_parser
 from assets.latents import encode_episodes
 from assets.measures import psnr
 from assets.run import Run
@@ -104,6 +104,10 @@ def new_tokenizer(run, data, folder):
 def measure(run, data, name, steps, folder):
     """Trains one variant, with files in a folder for that -> rows (variant, K, figures)."""
     cls, changes, weight, labeled, ks = VARIANTS[name]
+    context = 4
+    if max(len(e["rewards"]) for e in data.held_out) <= context:
+        fail(f"{run.folder / 'data'}: the held-out episodes are too short to dream on from "
+             f"{context} frames; give a run with longer ones")
     cfg, ramp, began = run.cfg, dreamer4.ramp_weight, time.time()
     cfg.mask_max = changes.get("mask_max", cfg.mask_max)
     if "mask_max" in changes:
@@ -136,7 +140,7 @@ def measure(run, data, name, steps, folder):
     minutes = (time.time() - began) / 60
     for e, labels in zip(data.train, actions):
         e["actions"] = labels
-    dynamics, rng, context = run.for_inference(loop.ema), np.random.default_rng(0), 4
+    dynamics, rng = run.for_inference(loop.ema), np.random.default_rng(0)
     batch = random_windows(data.held_out, rng, 64, context + 16)
     truth = batch["frames"][:, context:]
     other = np.roll(batch["actions"], 1, 0)
@@ -173,11 +177,13 @@ def main(arguments=None):
     if begin and not begin.startswith(",".join(COLUMNS).encode()):
         fail(f"--out {args.out} holds something else than ablations; name another file")
     # the file is opened first: what cannot be written is not worth training for
-    with open(args.out, "a", newline="") as file, tempfile.TemporaryDirectory() as folder:
+    with append_to(args.out) as file, tempfile.TemporaryDirectory() as folder:
         writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
             writer.writeheader()
             file.flush()
+        elif not begin.endswith(b"\n"):
+            file.write("\n")
         for name in names:
             try:
                 cfg = train.TrainConfig(**state["config"])

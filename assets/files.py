@@ -10,6 +10,7 @@ import datetime
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def flush_output():
 
 @contextlib.contextmanager
 def in_one_line():
-    """Ends the program with one line where memory or a disk is full, and quietly on Ctrl-C."""
+    """One line where memory or a disk is full, and a quiet end on Ctrl-C or SIGTERM."""
     # files opened later must not take the place of a closed stdin, stdout or stderr
     while (lowest := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
@@ -62,6 +63,8 @@ def in_one_line():
     for stream in filter(None, (sys.stdout, sys.stderr)):
         # a terminal that cannot show ± is no reason to stop
         stream.reconfigure(errors="backslashreplace")
+    # as Ctrl-C: temporary files are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
             yield
@@ -148,12 +151,22 @@ def to_json(numbers):
     return json.dumps(finite, allow_nan=False)
 
 
+def append_to(path):
+    """Opens a text file to add lines to it."""
+    # a pipe would be waited for
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError(f"{path} is no file")
+    return open(path, "a", newline="")
+
+
 def write_file(path, write):
     """write(file) to a temporary name, then rename: a file is there as a whole or not at all."""
     path = Path(path)
     temporary = path.parent / f".{path.name}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # a pipe of this name would be waited for
+        temporary.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -195,7 +208,7 @@ def load_episode(path, cfg):
         array = episode[name]
         if array.shape != shape or array.dtype != dtype:
             fail(f"episode file {path}: {name} is {array.shape} {array.dtype}, this run wants "
-                 f"{shape} {np.dtype(dtype)}; use another --run or convert it")
+                 f"{shape} {np.dtype(dtype)}; set --image_size or --action_spec, or convert it")
     actions = episode["actions"]
     if (actions < -1).any() or (actions >= np.array(cfg.action_spec)).any():
         fail(f"episode file {path}: actions outside of the action spec {cfg.action_spec}; "

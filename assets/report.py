@@ -7,6 +7,7 @@
 import csv
 import functools
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assets.files import describe, fail, in_one_line, new_parser, write_file
+from assets.measures import correlation
 
 ASSETS = Path(__file__).parent
 EPISODES = ASSETS / "results/episodes.csv"
+DRIVE = ("policy", "seed", "return", "length")
 POLICIES = {"random": "random actions", "bc": "behaviour cloning", "return": "trained in dreams"}
 COLORS = {"random": "#9aa0a6", "bc": "#e0a030", "return": "#2a6fbb"}
 SEEDS = ["#2a6fbb", "#c2571a", "#2e8b57", "#7b4fa3", "#555555"]
@@ -90,7 +93,7 @@ def read_run(folder):
         if not needed <= result.keys():
             raise ValueError(f"eval.json lacks {needed - result.keys()}")
         result["neighbour_corr"] = neighbour_correlation(folder)
-        rows = read_rows(folder / "episodes.csv")
+        rows = [{name: row[name] for name in DRIVE} for row in read_rows(folder / "episodes.csv")]
         log = [json.loads(line) for line in read(folder / "metrics.jsonl").splitlines()]
         curves = [curve(log, phase, key) for phase, key, *_ in CURVES]
         rounds = {row["round"]: row["return_mean"] for row in log if row["phase"] == "collect"}
@@ -160,9 +163,12 @@ def neighbour_correlation(folder, reach=4):
             rows.append([*rewards[t - reach:t], *rewards[t + 1:t + 1 + reach], 1.0])
             targets.append(rewards[t])
             held_out.append(i % 10 == 0)
+    # episodes too short to measure it
+    if all(held_out) or not any(held_out):
+        return float("nan")
     rows, targets, held_out = np.array(rows), np.array(targets), np.array(held_out)
     weights = np.linalg.lstsq(rows[~held_out], targets[~held_out], rcond=None)[0]
-    return float(np.corrcoef(rows[held_out] @ weights, targets[held_out])[0, 1])
+    return correlation(rows[held_out] @ weights, targets[held_out])
 
 
 def write_figure(name, figure, **options):
@@ -198,13 +204,13 @@ def curves_figure(runs):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
     for i, (axis, (_, _, title, scale)) in enumerate(zip(axes.flat, CURVES)):
-        for run, color in zip(runs, SEEDS):
+        for run, color in zip(runs, itertools.cycle(SEEDS)):
             axis.plot(*run["curves"][i], color=color, lw=1.1, label=f"seed {run['seed']}")
         axis.set_yscale(scale)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
     axis = axes.flat[-1]
-    for run, color in zip(runs, SEEDS):
+    for run, color in zip(runs, itertools.cycle(SEEDS)):
         rounds = run["rounds"]
         axis.plot(rounds.keys(), rounds.values(), "o-", color=color, lw=1.1, ms=4)
     middle = [f"round {r}" for r in range(1, len(rounds) - 1)]

@@ -32,8 +32,10 @@ def main(arguments=None):
     state = load_checkpoint(args.agent)
     if "tokenizer" not in state:
         fail(f"checkpoint {args.agent} holds no agent; give agent.pt")
-    if args.small.exists() and (not args.small.is_file() or args.small.samefile(args.agent)):
-        fail(f"{args.small} is no file, or the agent itself; name another file to write")
+    if not state["finished"]:
+        fail(f"checkpoint {args.agent} is in the middle of its training; finish it first")
+    if args.small.exists():
+        fail(f"{args.small} exists already; name another file to write")
     small = {name: half(state[name]) for name in NEEDED if name in state}
     try:
         for name in {"tokenizer", "ema", "heads"} & small.keys():

@@ -5,12 +5,15 @@
 import csv
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,7 +25,8 @@ from assets.checkpoints import load_checkpoint
 from assets.run import Run
 from assets.test_recordings import grey_video
 # the fixtures among these work in a file that imports them
-from test_dreamer4 import contents, copied, error, finished
+from test_dreamer4 import contents, copied, error, finished, load_run
+from test_episodes import write_episodes
 
 
 def refused(capsys, script, *arguments, words=()):
@@ -85,21 +89,31 @@ def test_without_matplotlib_the_tables_are_printed_and_nothing_is_written(
     assert not assets.exists()
 
 
-def test_the_figures_and_the_drives_of_two_runs_are_written(finished, assets, tmp_path, capsys):
+def test_the_figures_and_the_drives_of_six_runs_are_written(
+        finished, copied, assets, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    other = tmp_path / "other"
-    shutil.copytree(finished, other)
-    settings = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(settings | {"seed": 7}))
-    report.main([str(finished), str(other)])
-    assert "| trained in dreams | 4 |" in capsys.readouterr().out
+    figures = {}
+
+    def write_figure(name, figure, write=report.write_figure, **options):
+        figures[name] = figure
+        write(name, figure, **options)
+
+    monkeypatch.setattr(report, "write_figure", write_figure)
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(settings | {"seed": 7}))
+    # in another order
+    lines = [line.split(",")[::-1] for line in (copied / "episodes.csv").read_text().splitlines()]
+    (copied / "episodes.csv").write_text("\n".join(map(",".join, lines)))
+    report.main([*[str(finished)] * 5, str(copied)])
+    assert "| trained in dreams | 12 |" in capsys.readouterr().out
+    assert len(figures["curves.png"].axes[0].lines) == 6
     names = {"curves.png", "episodes.csv", "returns.png"}
     assert {path.name for path in assets.iterdir()} == names
     with open(assets / "episodes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     with open(finished / "episodes.csv", newline="") as file:
         drives = [row["return"] for row in csv.DictReader(file)]
-    assert [row["return"] for row in rows] == drives * 2
+    assert [row["return"] for row in rows] == drives * 6
     assert {row["training_seed"] for row in rows} == {"0", "7"}
 
 
@@ -122,6 +136,11 @@ def test_what_is_no_run_is_named(assets, tmp_path, capsys, make):
 def test_a_pipe_among_the_episodes_is_not_waited_for(copied, assets, capsys):
     os.mkfifo(copied / "data/pipe.npz")
     refused(capsys, report, copied, words=[copied, "no file"])
+
+
+def test_episodes_too_short_for_neighbours_have_no_correlation_with_them(tmp_path):
+    write_episodes(tmp_path / "data", [9] * 3)
+    assert math.isnan(report.neighbour_correlation(tmp_path))
 
 
 @pytest.mark.parametrize("text", [None, "policy,return\nreturn,1\n"])
@@ -152,7 +171,8 @@ def test_a_shipped_agent_is_not_trained_on(copied, capsys, more):
     assert (copied / "agent.pt").read_bytes() == shipped
 
 
-@pytest.mark.parametrize("small", ["", ".", "/", "/proc/x/y.pt", "agent.pt/x", "agent.pt", "data"])
+@pytest.mark.parametrize("small", ["", ".", "/", "/proc/x/y.pt", "agent.pt/x", "agent.pt", "data",
+                                   "config.json", "tokenizer.pt"])
 def test_where_an_agent_cannot_be_shipped_to_is_refused(copied, monkeypatch, capsys, small):
     before = contents(copied)
     monkeypatch.chdir(copied)
@@ -168,10 +188,13 @@ def test_weights_too_large_for_half_precision_are_not_shipped(copied, capsys):
     assert not (copied / "small.pt").exists()
 
 
-def test_a_checkpoint_without_an_agent_is_not_shipped(finished, tmp_path, capsys):
-    small = tmp_path / "small.pt"
-    refused(capsys, ship, finished / "tokenizer.pt", small, words=["holds no agent"])
-    assert not small.exists()
+@pytest.mark.parametrize("name, change, reason", [
+    ("tokenizer.pt", {}, "holds no agent"), ("agent.pt", {"finished": False}, "in the middle")])
+def test_a_checkpoint_without_a_finished_agent_is_not_shipped(
+        copied, capsys, name, change, reason):
+    torch.save(torch.load(copied / name) | change, copied / name)
+    refused(capsys, ship, copied / name, copied / "small.pt", words=[reason])
+    assert not (copied / "small.pt").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,6 +212,9 @@ def test_ablations_dream_with_the_ks_of_the_model_and_leave_the_run_as_it_was(
     out = tmp_path / "out.csv"
     names = ["the same without masking", "diffusion forcing"]
     for name in names:
+        if out.exists():
+            # as an editor may leave it
+            out.write_bytes(out.read_bytes().rstrip())
         ablations.main([str(copied), "--steps", "1", "--only", name, "--out", str(out)])
     assert contents(copied) == before and sorted(copied.rglob("*")) == paths
     with open(out, newline="") as file:
@@ -199,7 +225,7 @@ def test_ablations_dream_with_the_ks_of_the_model_and_leave_the_run_as_it_was(
 
 @pytest.mark.parametrize("option, value, word", [
     ("--out", "/proc/x/o.csv", "/proc/x/o.csv"), ("--out", "/tmp", "/tmp"),
-    ("--out", "/dev/full", "space"), ("--only", "zzz", "as in the preset"),
+    ("--out", "/dev/full", "no file"), ("--only", "zzz", "as in the preset"),
     ("--steps", 0, "at least 1"), ("--steps", -5, "at least 1")])
 def test_ablations_refuse_bad_options_before_they_train(
         finished, tmp_path, monkeypatch, capsys, option, value, word):
@@ -215,6 +241,12 @@ def test_ablations_name_settings_that_this_version_does_not_know(copied, tmp_pat
     torch.save(state, copied / "tokenizer.pt")
     arguments = [copied, "--out", tmp_path / "out.csv"]
     refused(capsys, ablations, *arguments, words=["tokenizer.pt", "bogus"])
+
+
+def test_ablations_want_episodes_that_a_dream_can_go_on_from(finished, tmp_path, capsys):
+    data = types.SimpleNamespace(held_out=[{"rewards": np.zeros(4)}])
+    rows = ablations.measure(load_run(finished), data, "as in the preset", 1, tmp_path)
+    error(capsys, lambda: next(rows), finished / "data", "too short")
 
 
 def test_ablations_are_not_added_to_another_table(copied, tmp_path, capsys):
