@@ -99,11 +99,11 @@ class TrainConfig(Config):
     compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
     save_seconds: float = 120.0     # time between checkpoints
     ranges = Config.ranges | {
-        "action_bins": (2, 1000), "episode_frames": (2, 10 ** 6), "envs": (1, 500),
+        "action_bins": (2, 1000), "collect_episodes": (2, 10 ** 6), "episode_frames": (2, 10 ** 6),
+        "envs": (1, 500), "memory_gb": (0, 1e6), "warmup": (0, 10 ** 6), "temperature": (0, 100),
         # longer ones would be deaf to Ctrl-C for minutes
         "horizon": (1, 10 ** 4), "updates": (1, 1000),
-        "warmup": (0, 10 ** 6), "value_steps": (0, 10 ** 6), "memory_gb": (0, 1e6),
-        "temperature": (0, 100), "replay_value": (0, 1e4), "save_seconds": (0, 1e9)}
+        "value_steps": (0, 10 ** 6), "replay_value": (0, 1e4), "save_seconds": (0, 1e9)}
 
     def __post_init__(self):
         super().__post_init__()
@@ -349,7 +349,7 @@ class Data:
         episodes = [e for e in self.train if len(e["rewards"]) >= T]
         if not episodes:
             fail(f"no training episode has {T} frames; use shorter sequences (--long_length, "
-                 "--tokenizer_length), a smaller --action_repeat, or collect more")
+                 "--tokenizer_length, --rollout_context), a smaller --action_repeat, or more data")
         # every window is equally likely
         chances = np.array([len(e["rewards"]) - T + 1 for e in episodes], float)
         recent = chances * [id(e) in self.recent for e in episodes]
@@ -519,7 +519,7 @@ def collect(run, policy_file=None, first=None, wanted=None):
     policy_seed = run.seed * 1000 + run.round
     policy = RandomPolicy(cfg, policy_seed)
     if policy_file:
-        tokenizer, agent, _ = run.load_agent(policy_file)
+        tokenizer, agent = run.load_policy(policy_file)
         policy = AgentPolicy(tokenizer, agent, cfg, policy_seed, cfg.policy_random)
     progress, returns = Progress(run, "collect", len(done), wanted), []
     for seed, episode in play(cfg, policy, seeds, done):
@@ -673,7 +673,7 @@ def train_imagination(run):
     extra = {"prior": begin, **{name: state[name] for name in ("tokenizer", "model", "ema")}}
     loop = Loop(run, "imagination", model, cfg.policy_lr, state, ("heads",), extra)
     # a beginner learns from easier dreams
-    temperature = 1 + (cfg.temperature - 1) * (run.round + 1) / cfg.rounds
+    temperature = 1 + (cfg.temperature - 1) * min(1, (run.round + 1) / cfg.rounds)
     for step in loop:
         batch = data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
                             cfg.rewarded_share)
@@ -800,15 +800,15 @@ def dream(run, path, length, video):
 def main(arguments=None):
     limit_memory()
     args = flags.parse(arguments, __doc__, PRESETS, TrainConfig)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # noted here, looked at between two steps; a second one changes nothing
-        signal.signal(number, lambda signum, _: STOP.append(signum))
     if args.phase not in READ_ONLY:
         init_distributed(args.device)
     elif is_launched() and os.environ["RANK"] != "0":
         return
     if args.preset == "paper" and args.phase == "bench":
         return bench.costs(flags.make_config(TrainConfig, PRESETS["paper"] | args.settings))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # noted here, looked at between two steps; a second one changes nothing
+        signal.signal(number, lambda signum, _: STOP.append(signum))
     start, run = time.time(), flags.open_run(args, PRESETS, TrainConfig)
     agent = Path(args.checkpoint or run.folder / "agent.pt")
     # all have read config.json before the main process writes it

@@ -114,9 +114,9 @@ def load_optimizers(optimizers, state, path):
     try:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             ours, momenta = optimizer.state_dict()["param_groups"], saved["state"]
-            if state["step"] and not momenta:
-                raise ValueError("no momenta")
             parameters = optimizer.param_groups[0]["params"]
+            if state["step"] and len(momenta) < len(parameters):
+                raise ValueError(f"momenta of {len(momenta)} weights, not of {len(parameters)}")
             for i, entries in momenta.items():
                 check_numbers(entries)
                 for name in entries.keys() & {"step", "exp_avg_sq"}:

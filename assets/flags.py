@@ -126,7 +126,8 @@ def saved_settings(args, folder):
         if not path.is_file():
             raise ValueError("it is no file")
         saved = json.loads(path.read_text())
-        saved["config"].keys()
+        # an empty one would mean the defaults of the code
+        [saved["config"][field.name] for field in fields(Config)]
         worlds.checked_sizes(saved["actions"])
         if type(saved["seed"]) is not int or type(saved["preset"]) is not str:
             raise ValueError(f"seed is {saved['seed']!r}, preset is {saved['preset']!r}")
@@ -171,9 +172,12 @@ def open_run(args, presets, config):
     saved = saved_settings(args, folder)
     is_new = not saved
     preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
-    if args.preset and saved.get("preset", preset) != preset:
-        fail(f"--preset {preset}, but {folder / 'config.json'} was made with {saved['preset']}; "
-             "use another --run")
+    # other tracks to evaluate on, or a new run with a checkpoint's settings, may have another seed
+    seed = None if args.phase in READ_ONLY or args.checkpoint else args.seed
+    for name, value in (("preset", args.preset), ("seed", seed)):
+        if value is not None and saved.get(name, value) != value:
+            fail(f"--{name} {value}, but {folder / 'config.json'} was made with {saved[name]}; "
+                 "use another --run")
     saved = {"preset": preset, "config": presets[preset], "actions": None, "seed": 0} | saved
     if args.seed is not None:
         saved["seed"] = args.seed

@@ -3,6 +3,7 @@
     runs/NAME/  config.json  metrics.jsonl  data/*.npz  *.pt  *.png  *.gif  eval.json
 """
 import contextlib
+import copy
 import json
 import os
 import time
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from assets.checkpoints import load_checkpoint
-from assets.files import fail, is_main_process, print0, to_json, write_file
+from assets.files import append_to, fail, is_main_process, print0, to_json, write_file
 from assets.worlds import action_differences
 from dreamer4 import Agent, Block, Config, Tokenizer, frozen
 
@@ -135,6 +136,14 @@ class Run:
         agent.load_state_dict(state.get("heads", {}), strict=False)
         return self.for_inference(tokenizer), self.for_inference(agent), cloned
 
+    def load_policy(self, path):
+        """Tokenizer and agent to collect with: the run keeps its own sizes, but for the frames'."""
+        other = copy.copy(self)
+        other.cfg = copy.copy(self.cfg)
+        tokenizer, agent, _ = other.load_agent(path)
+        self.cfg.image_size = other.cfg.image_size
+        return tokenizer, agent
+
     def take_architecture(self, state, path):
         """Takes the architecture of a checkpoint; a flag or environment must not contradict it."""
         saved, cfg = state["config"], self.cfg
@@ -185,7 +194,7 @@ class Run:
         if is_main_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             row = {"phase": phase, "round": self.round, **numbers}
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with append_to(self.folder / "metrics.jsonl") as file:
                 file.write(to_json(row) + "\n")
 
     def compile_and_distribute(self, model):

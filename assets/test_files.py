@@ -28,7 +28,7 @@ from torch.distributed import run as torchrun
 from torch.testing import assert_close
 
 import train
-from assets import files, flags, latents, measures
+from assets import bench, files, flags, latents, measures
 from assets.checkpoints import load_checkpoint
 from assets.files import in_one_line
 from assets.latents import encode_episodes
@@ -562,6 +562,20 @@ def test_imagination_dreams_with_the_latents_of_its_agent(copied):
     assert np.array_equal(latents, train.encode(frozen(tokenizer), frames))
 
 
+def test_in_a_round_beyond_the_last_dreams_are_as_noisy_as_in_the_last(copied, monkeypatch):
+    """One of a run whose --rounds were made fewer."""
+    def imagine(*_, temperature):
+        temperatures.append(temperature)
+        train.check_stop([signal.SIGTERM])
+
+    temperatures, run = [], load_run(copied)
+    monkeypatch.setattr(train, "imagine", imagine)
+    run.round, run.cfg.rounds, run.cfg.temperature = 3, 2, 1.6
+    with pytest.raises(SystemExit):
+        train.train_imagination(run)
+    assert temperatures == [1.6]
+
+
 def test_a_shipped_checkpoint_leaves_the_default_run_alone(finished, tmp_path, monkeypatch):
     shutil.copy(finished / "agent.pt", tmp_path / "shipped.pt")
     folders = []
@@ -753,10 +767,22 @@ def test_files_do_not_take_the_place_of_closed_streams(tmp_path):
     assert int((tmp_path / "x").read_text()) > 2
 
 
-def test_ctrl_c_in_a_script_ends_it_without_a_traceback():
-    with pytest.raises(SystemExit) as ended, in_one_line():
-        raise KeyboardInterrupt
-    assert ended.value.code == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_script_and_the_bench_on_paper_without_a_traceback(monkeypatch, number):
+    def interrupted(*_):
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleared.append(number)
+
+    cleared = []
+    monkeypatch.setattr(bench, "costs", interrupted)
+    for script in (in_one_line()(interrupted),
+                   lambda: main("--phase", "bench", "--preset", "paper")):
+        with pytest.raises(SystemExit) as ended:
+            script()
+        assert ended.value.code == 130
+    assert cleared == [number] * 2
 
 
 def test_seeds_of_collection_and_evaluation_never_meet():
@@ -787,6 +813,7 @@ def test_a_missing_phase_or_file_is_named(tmp_path, capsys, text, word):
     ("--image_size", "--phase evaluate --image_size 32x32"),
     ("--action_bins", "--phase dynamics --action_bins 3"),
     ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"),
+    ("--seed", "--phase collect --seed 5"),
     ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"),
     ("--image_size", "--phase collect --collect_episodes 10 --image_size 32x32"),
     ("--env", "--phase collect --collect_episodes 10 --env Ticker-v0"),
@@ -804,17 +831,34 @@ def test_flags_that_contradict_a_run_are_refused_and_leave_it_as_it_was(
     assert contents(copied) == before
 
 
-@pytest.mark.parametrize("config, word", [
-    ({"image_size": (32, 32)}, "image_size"), ({"k_max": 2, "k": 2}, "k must be")])
-def test_a_policy_of_another_architecture_does_not_spoil_a_run(copied, capsys, config, word):
-    """One that its episodes or settings contradict."""
-    run, other, state = load_run(copied), copied / "other.pt", load(copied, "agent.pt")
-    small = train.TrainConfig(**state["config"] | config)
+def agent_with(finished, path, **changes):
+    """Writes the finished agent's checkpoint as one of a model with other settings."""
+    state = load(finished, "agent.pt")
+    small = train.TrainConfig(**state["config"] | changes)
     agent = Agent(small)
     state |= {"config": dataclasses.asdict(small), "tokenizer": Tokenizer(small).state_dict(),
               "model": agent.state_dict(), "ema": agent.state_dict(), "prior": {},
               "heads": train.Imagination(agent).state_dict()}
-    torch.save(state, other)
+    torch.save(state, path)
+
+
+def test_a_run_collects_with_a_policy_of_another_architecture_and_keeps_its_own(
+        finished, tmp_path):
+    agent_with(finished, tmp_path / "other.pt", width=64, image_size=(32, 32))
+    run = ("--run", tmp_path / "run", "--preset", "tiny")
+    main("--phase", "collect", *run, "--policy", tmp_path / "other.pt", "--episodes", 2)
+    saved = read_config(tmp_path / "run")
+    # the episodes are what the policy saw
+    assert saved["width"] == 32 and saved["image_size"] == [32, 32]
+    assert read_episodes(tmp_path / "run")[50_000]["frames"].shape[1:] == (32, 32, 3)
+
+
+@pytest.mark.parametrize("config, word", [
+    ({"image_size": (32, 32)}, "image_size"), ({"k_max": 2, "k": 2}, "k must be")])
+def test_a_policy_of_another_architecture_does_not_spoil_a_run(copied, capsys, config, word):
+    """One that its episodes or settings contradict."""
+    run, other = load_run(copied), copied / "other.pt"
+    agent_with(copied, other, **config)
     before = contents(copied)
     error(capsys, lambda: train.collect(run, other, 500, 2), word, "other.pt")
     assert contents(copied) == before
@@ -852,10 +896,14 @@ def test_a_run_takes_the_architecture_of_its_checkpoints(copied):
     assert run.cfg.gamma == 0.5
 
 
+SETTINGS = {"config": dataclasses.asdict(train.TrainConfig()), "actions": {"sizes": [5]}, "seed": 0,
+            "preset": "cpu"}
+
+
 @pytest.mark.parametrize("text", [
     "[]", '{"config": 3}', "{}", "{", "[" * 10 ** 5, *(
-        json.dumps({"config": {}, "actions": {"sizes": [5]}, "seed": 0, "preset": "cpu"} | wrong)
-        for wrong in ({"actions": True}, {"seed": "x"}, {"preset": 5}))])
+        json.dumps(SETTINGS | wrong)
+        for wrong in ({"actions": True}, {"seed": "x"}, {"preset": 5}, {"config": {}}))])
 def test_a_damaged_config_is_named(tmp_path, capsys, text):
     (tmp_path / "config.json").write_text(text)
     error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")
@@ -866,16 +914,14 @@ def test_a_damaged_config_is_named(tmp_path, capsys, text):
     {"dtype": "i4,(2f4"}])
 def test_actions_of_a_config_that_cannot_be_read_are_named(tmp_path, capsys, wrong):
     actions = {"sizes": [2, 2], "low": [0, 0], "step": [1, 1], "dtype": "float32"} | wrong
-    settings = {"config": {}, "actions": actions, "seed": 0, "preset": "cpu"}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"actions": actions}))
     error(capsys, lambda: main("--phase", "collect", "--run", tmp_path), "config.json", "damaged")
 
 
 @pytest.mark.parametrize("sizes", [["a", "b"], [0, 5], [2.5, 5], [10 ** 30, 5], None, [],
                                    [3, 2], [5]])
 def test_actions_of_a_config_that_are_none_are_named(tmp_path, capsys, sizes):
-    settings = {"config": {}, "actions": {"sizes": sizes}, "seed": 0, "preset": "cpu"}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"actions": {"sizes": sizes}}))
     error(capsys, lambda: main("--phase", "collect", "--run", tmp_path), "action_spec")
 
 
@@ -884,6 +930,15 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copied, capsys):
         path.unlink()
         os.mkfifo(path)
         error(capsys, lambda: main("--phase", "dream", "--run", copied), path.name, "no file")
+
+
+def test_nor_in_the_place_of_a_file_to_write(tmp_path, capsys):
+    for name in ("metrics.jsonl", ".x.part"):
+        os.mkfifo(tmp_path / name)
+    log = in_one_line()(Run(tmp_path, ticker(), 0, None).log)
+    error(capsys, lambda: log("agent"), "metrics.jsonl", "no file")
+    files.write_file(tmp_path / "x", lambda file: file.write(b"x"))
+    assert contents(tmp_path) == {Path("x"): b"x"}
 
 
 @pytest.mark.parametrize("variables", [
@@ -1099,12 +1154,14 @@ def test_a_checkpoint_without_its_optimizers_is_not_trained_on(copied, capsys, o
 
 @pytest.mark.parametrize("entries", [
     {"exp_avg": torch.zeros(3)}, {"exp_avg": None}, {"step": torch.zeros(2)}, {"more": 1},
-    {"exp_avg": torch.full((), math.nan)}, {"step": torch.tensor(-1.0)}])
+    {"exp_avg": torch.full((), math.nan)}, {"step": torch.tensor(-1.0)}, {}])
 def test_momenta_that_are_not_of_the_weights_are_refused(copied, capsys, entries):
     state = load(copied, "tokenizer.pt")
     momenta = state["optimizers"][0]["state"]
     for i in momenta:
         momenta[i] |= entries
+    if not entries:
+        del momenta[1]
     torch.save(state, copied / "tokenizer.pt")
     run = load_run(copied)
     run.round, run.cfg.tokenizer_steps = 1, 31
