@@ -160,8 +160,8 @@ def open_run(args, presets, config):
     """The run that the command line names, with its settings. Five rules:
 
     1. The settings are those of --checkpoint or of the run's config.json, else the preset's.
-    2. Every flag overrides one; but not another --preset, and not the architecture of a checkpoint
-       (run.Run.take_architecture).
+    2. Every flag overrides one; but not another --preset or training --seed, and not the
+       architecture of a checkpoint (run.Run.take_architecture).
     3. --action_spec means recorded data: no environment (unless --env names the one that it is
        from), and one round, as nobody collects more.
     4. A new run asks its environment: image_size keeps the proportions of the frames, and actions

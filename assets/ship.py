@@ -1,6 +1,6 @@
 """A trained agent.pt as a small file: half precision, averaged weights only, no optimizers.
 
-    python assets/ship.py runs/cpu/agent.pt assets/carracing.pt
+    python assets/ship.py runs/cpu/agent.pt small.pt
 """
 import functools
 import sys
@@ -27,7 +27,7 @@ def half(value):
 def main(arguments=None):
     parser = new_parser(__doc__)
     parser.add_argument("agent", type=Path, help="agent.pt of a run")
-    parser.add_argument("small", type=Path, help="file to write")
+    parser.add_argument("small", type=Path, help="new file to write")
     args = parser.parse_args(arguments)
     state = load_checkpoint(args.agent)
     if "tokenizer" not in state:
