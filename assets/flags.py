@@ -126,8 +126,9 @@ def saved_settings(args, folder):
         if not path.is_file():
             raise ValueError("it is no file")
         saved = json.loads(path.read_text())
-        # an empty one would mean the defaults of the code
-        [saved["config"][field.name] for field in fields(Config)]
+        # the defaults of the code must not fill gaps
+        if not {field.name for field in fields(Config)} <= saved["config"].keys():
+            raise ValueError("settings are missing")
         worlds.checked_sizes(saved["actions"])
         if type(saved["seed"]) is not int or type(saved["preset"]) is not str:
             raise ValueError(f"seed is {saved['seed']!r}, preset is {saved['preset']!r}")

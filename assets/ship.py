@@ -1,6 +1,6 @@
 """A trained agent.pt as a small file: half precision, averaged weights only, no optimizers.
 
-    python assets/ship.py runs/cpu/agent.pt small.pt
+    python assets/ship.py runs/cpu/agent.pt assets/carracing.pt
 """
 import functools
 import sys
@@ -27,15 +27,16 @@ def half(value):
 def main(arguments=None):
     parser = new_parser(__doc__)
     parser.add_argument("agent", type=Path, help="agent.pt of a run")
-    parser.add_argument("small", type=Path, help="new file to write")
+    parser.add_argument("small", type=Path, help="file to write")
     args = parser.parse_args(arguments)
     state = load_checkpoint(args.agent)
     if "tokenizer" not in state:
         fail(f"checkpoint {args.agent} holds no agent; give agent.pt")
     if not state["finished"]:
         fail(f"checkpoint {args.agent} is in the middle of its training; finish it first")
-    if args.small.exists():
-        fail(f"{args.small} exists already; name another file to write")
+    # in the place of an older small one, but of nothing else
+    if args.small.exists() and "model" in load_checkpoint(args.small):
+        fail(f"{args.small} is a checkpoint to train on; name another file to write")
     small = {name: half(state[name]) for name in NEEDED if name in state}
     try:
         for name in {"tokenizer", "ema", "heads"} & small.keys():
