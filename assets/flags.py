@@ -152,7 +152,7 @@ def check_episodes(args, folder, saved, overrides):
             before = saved["config"].get(name, overrides.get(name))
             before = tuple(before) if isinstance(before, list) else before
             # data of a run without an environment may be of any
-            if before != "" and before != overrides.get(name, before):
+            if before != "" and name in overrides and before != overrides[name]:
                 fail(f"--{name} {overrides[name]}, but the episodes in {folder / 'data'} were made "
                      f"with {before}; use another --run")
 

@@ -909,6 +909,13 @@ def test_a_damaged_config_is_named(tmp_path, capsys, text):
     error(capsys, lambda: main("--phase", "tokenizer", "--run", tmp_path), "config.json", "damaged")
 
 
+def test_a_config_with_a_setting_that_is_no_number_is_named(copied, capsys):
+    settings = json.loads((copied / "config.json").read_text())
+    settings["config"]["action_repeat"] = math.nan
+    (copied / "config.json").write_text(json.dumps(settings))
+    error(capsys, lambda: main("--phase", "tokenizer", "--run", copied), "action_repeat is nan")
+
+
 @pytest.mark.parametrize("wrong", [
     {"low": [[1], [1, 2]]}, {"low": [10 ** 400, 0]}, {"low": [10 ** 30, 0], "dtype": "int64"},
     {"dtype": "i4,(2f4"}])
