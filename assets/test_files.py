@@ -813,7 +813,7 @@ def test_a_missing_phase_or_file_is_named(tmp_path, capsys, text, word):
     ("--image_size", "--phase evaluate --image_size 32x32"),
     ("--action_bins", "--phase dynamics --action_bins 3"),
     ("action space", "--phase evaluate --env Ticker-v0"), ("--preset", "--preset cpu"),
-    ("--seed", "--phase collect --seed 5"),
+    ("--seed", "--phase collect --seed 5"), ("long_length is 1", "--long_length 1"),
     ("length", "--phase dream --length 4"), ("--port", "--phase play --port 70000"),
     ("--image_size", "--phase collect --collect_episodes 10 --image_size 32x32"),
     ("--env", "--phase collect --collect_episodes 10 --env Ticker-v0"),
