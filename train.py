@@ -102,8 +102,9 @@ class TrainConfig(Config):
         "action_bins": (2, 1000), "collect_episodes": (2, 10 ** 6), "episode_frames": (2, 10 ** 6),
         "long_length": (2, 10 ** 6), "envs": (1, 500), "memory_gb": (0, 1e6),
         # longer ones would be deaf to Ctrl-C for minutes
-        "horizon": (1, 10 ** 4), "updates": (1, 1000), "value_steps": (0, 10 ** 6),
-        "replay_value": (0, 1e4), "warmup": (0, 10 ** 6), "temperature": (0, 100), "save_seconds": (0, 1e9)}
+        "horizon": (1, 10 ** 4), "updates": (1, 1000),
+        "value_steps": (0, 10 ** 6), "replay_value": (0, 1e4), "temperature": (0, 100),
+        "warmup": (0, 10 ** 6), "save_seconds": (0, 1e9)}
 
     def __post_init__(self):
         super().__post_init__()
