@@ -208,11 +208,13 @@ def load_episode(path, cfg):
         array = episode[name]
         if array.shape != shape or array.dtype != dtype:
             fail(f"episode file {path}: {name} is {array.shape} {array.dtype}, this run wants "
-                 f"{shape} {np.dtype(dtype)}; set --image_size or --action_spec, or convert it")
+                 f"{shape} {np.dtype(dtype)}; convert it, or set --image_size or --action_spec")
     actions = episode["actions"]
     if (actions < -1).any() or (actions >= np.array(cfg.action_spec)).any():
         fail(f"episode file {path}: actions outside of the action spec {cfg.action_spec}; "
              "use another --run")
-    if T == 0 or not np.isfinite(episode["rewards"]).all():
-        fail(f"episode file {path}: rewards are missing or not finite; delete it or make it again")
+    # float32 must hold sums of them as well
+    if T == 0 or not (np.abs(episode["rewards"]) < 1e30).all():
+        fail(f"episode file {path}: rewards are missing, not finite or 1e30 and more; delete it or "
+             "make it again")
     return episode

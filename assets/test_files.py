@@ -1027,7 +1027,7 @@ def of_unknown_compression(content):
     {"frames": np.uint8(3)}, {"frames": np.zeros((9, 8, 9, 3), np.uint8)},
     {"frames": np.zeros((9, 8, 8, 3), np.float32)}, {"terminal": np.zeros(9, bool)},
     {"rewards": np.zeros(8, np.float32)}, {"rewards": np.zeros(9)},
-    {"rewards": np.full(9, np.nan, np.float32)},
+    {"rewards": np.full(9, np.nan, np.float32)}, {"rewards": np.full(9, 1e38, np.float32)},
     {"frames": np.zeros((0, 8, 8, 3), np.uint8), "actions": np.zeros((0, 1), np.int16),
      "rewards": np.zeros(0, np.float32)}])
 def test_a_bad_episode_file_is_named(tmp_path, capsys, damage):
