@@ -125,7 +125,8 @@ def saved_settings(args, folder):
         # a pipe would be waited for
         if not path.is_file():
             raise ValueError("it is no file")
-        saved = json.loads(path.read_text())
+        # JSON knows no NaN
+        saved = json.loads(path.read_text(), parse_constant=int)
         # the defaults of the code must not fill gaps
         if not {field.name for field in fields(Config)} <= saved["config"].keys():
             raise ValueError("settings are missing")

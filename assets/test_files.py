@@ -913,7 +913,7 @@ def test_a_config_with_a_setting_that_is_no_number_is_named(copied, capsys):
     settings = json.loads((copied / "config.json").read_text())
     settings["config"]["action_repeat"] = math.nan
     (copied / "config.json").write_text(json.dumps(settings))
-    error(capsys, lambda: main("--phase", "tokenizer", "--run", copied), "action_repeat is nan")
+    error(capsys, lambda: main("--phase", "tokenizer", "--run", copied), "config.json", "NaN")
 
 
 @pytest.mark.parametrize("wrong", [
