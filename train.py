@@ -774,10 +774,11 @@ def evaluate(run, path, video):
     model, health = measures.model_measures(tokenizer, agent, held_out, episodes, cfg, run.seed)
     for line in health:
         print0(f"[evaluate] {line}")
-    table = "\n".join(rows) + "\n"
-    write_file(run.folder / "episodes.csv", lambda file: file.write(table.encode()))
+    # first: the place that a user names may not be writable
     reconstruction = decode(tokenizer, episodes[0]["latents"][None])[0]
     write_video(video, np.concatenate((episodes[0]["frames"], reconstruction), 2), fps=20)
+    table = "\n".join(rows) + "\n"
+    write_file(run.folder / "episodes.csv", lambda file: file.write(table.encode()))
     results |= model | {"wall_s": time.time() - start}
     text = to_json({name: round(value, 4) for name, value in results.items()})
     # last: it says that the evaluation has finished

@@ -93,7 +93,8 @@ def check_contents(state):
 def check_numbers(weights):
     """Raises ValueError for what is no tensor of a model, or has other than usual numbers."""
     for name, x in weights.items():
-        if x.layout != torch.strided or x.is_nested or x.is_meta:
+        # fused optimizers would write beyond an expanded one
+        if x.layout != torch.strided or x.is_nested or x.is_meta or not x.is_contiguous():
             raise ValueError(f"{name} is a tensor of another kind")
         # NaN is not below
         if x.numel() and not x.abs().max() < 1e6:

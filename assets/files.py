@@ -123,7 +123,7 @@ def barrier():
 
 def is_launched():
     """Whether torchrun has started this process."""
-    return dist.is_torchelastic_launched() and "RANK" in os.environ
+    return dist.is_torchelastic_launched() and {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def init_distributed(device):
@@ -172,10 +172,12 @@ def write_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        # torch.save reports a full disk as RuntimeError
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         fail(f"{path} could not be written ({error}); the file from before, if any, is intact. "
              "Free some space, or name a place where you may write, and try again")
 

@@ -112,7 +112,7 @@ def saved_settings(args, folder):
     """What --checkpoint or the run's config.json was made with; {} for a new run."""
     path = folder / "config.json"
     if args.checkpoint:
-        is_foreign = Path(args.checkpoint).resolve().parent != folder.resolve()
+        is_foreign = os.path.dirname(os.path.realpath(args.checkpoint)) != os.path.realpath(folder)
         if is_foreign and path.exists() and args.phase not in READ_ONLY:
             fail(f"--checkpoint {args.checkpoint}, but {path} has settings already; use another "
                  "--run")

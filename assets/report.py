@@ -86,7 +86,7 @@ def curve(log, phase, key):
 def read_run(folder):
     """A finished run: its seed, numbers of eval.json, rows of episodes.csv, curves, rounds."""
     try:
-        seed = json.loads(read(folder / "config.json"))["seed"]
+        seed = int(json.loads(read(folder / "config.json"))["seed"])
         evaluation = json.loads(read(folder / "eval.json"))
         # null: the episodes were too short to measure it
         result = {name: np.array(x, float).item() for name, x in evaluation.items()}

@@ -117,7 +117,7 @@ def test_the_figures_and_the_drives_of_six_runs_are_written(
     assert {row["training_seed"] for row in rows} == {"0", "7"}
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", '{"a": "b"}'])
+@pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", '{"a": "b"}', '{"seed": "$"}'])
 @pytest.mark.parametrize("name", ["config.json", "eval.json", "episodes.csv", "metrics.jsonl"])
 def test_a_run_with_a_missing_or_broken_file_is_named(copied, assets, capsys, name, text):
     (copied / name).unlink()

@@ -484,12 +484,19 @@ def test_whatever_an_environment_raises_ends_in_one_line(monkeypatch, capfd, met
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("method", ["__init__", "reset", "step"])
+@pytest.mark.parametrize("method", ["__init__", "reset", "step", "with a child"])
 def test_an_environment_that_breaks_its_process_is_named(monkeypatch, capfd, method):
-    cfg = doing(monkeypatch, method, lambda: os._exit(11))
+    def broken():
+        if method == "with a child" and not os.fork():
+            time.sleep(30)
+        os._exit(11)
+
+    began = time.monotonic()
+    cfg = doing(monkeypatch, method.replace("with a child", "step"), broken)
     error(capfd, lambda: played(cfg), "--env Shown-v0 broke", "exit code 11")
     if method == "__init__":
         error(capfd, lambda: worlds.look_from_afar(cfg.env, "{}", 5), "Shown-v0", "exit code 11")
+    assert time.monotonic() - began < 25
     assert not multiprocessing.active_children()
 
 

@@ -379,6 +379,9 @@ def in_processes(name, make_env, count):
         try:
             while not pipe.poll(0.2):
                 check_stop()
+                # a child that it has left may hold its end open
+                if not process.is_alive() and not pipe.poll():
+                    raise EOFError
             answer = pipe.recv()
         except (EOFError, OSError):
             process.join(PATIENCE)
