@@ -577,6 +577,13 @@ def test_in_a_round_beyond_the_last_dreams_are_as_noisy_as_in_the_last(copied, m
     assert temperatures == [1.6]
 
 
+def test_a_link_to_itself_in_the_place_of_a_run_is_named(finished, tmp_path, capsys):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    error(capsys, lambda: main("--phase", "tokenizer", "--checkpoint", finished / "agent.pt",
+                               "--run", loop), loop, "episodes")
+
+
 def test_a_shipped_checkpoint_leaves_the_default_run_alone(finished, tmp_path, monkeypatch):
     shutil.copy(finished / "agent.pt", tmp_path / "shipped.pt")
     folders = []
