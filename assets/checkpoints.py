@@ -17,7 +17,7 @@ from dreamer4 import Agent, Config, Dynamics, Tokenizer
 # Version of the files
 FORMAT = 1
 # What looking at contents that do not fit may raise; SyntaxError: NumPy, on the name of a dtype
-DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError,
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError,
            RuntimeError, RecursionError, SyntaxError)
 # What each phase trains
 MODELS = {"tokenizer": Tokenizer, "dynamics": Dynamics, "agent": Agent, "imagination": Agent}

@@ -928,7 +928,7 @@ def test_a_config_with_a_setting_that_is_no_number_is_named(copied, capsys):
 
 @pytest.mark.parametrize("wrong", [
     {"low": [[1], [1, 2]]}, {"low": [10 ** 400, 0]}, {"low": [10 ** 30, 0], "dtype": "int64"},
-    {"dtype": "i4,(2f4"}])
+    {"dtype": "i4,(2f4"}, {"low": [2 ** 63, 0], "dtype": "int64"}])
 def test_actions_of_a_config_that_cannot_be_read_are_named(tmp_path, capsys, wrong):
     actions = {"sizes": [2, 2], "low": [0, 0], "step": [1, 1], "dtype": "float32"} | wrong
     (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"actions": actions}))

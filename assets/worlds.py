@@ -107,7 +107,9 @@ def checked_sizes(description):
     sizes = action_sizes(description)
     # recorded data knows nothing but the sizes
     if "low" in description:
-        to_action(description, [0] * len(sizes))
+        # numbers that its dtype cannot hold
+        with np.errstate(invalid="raise"):
+            to_action(description, [0] * len(sizes))
     return sizes
 
 
