@@ -836,8 +836,8 @@ def finished(tmp_path_factory):
         folder.mkdir()
         process = start(train.__file__, *ALL, "--run", folder)
         stdout, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stdout + stderr
         printed.write_text(stdout)
+        assert process.returncode == 0, stdout + stderr
     except FileExistsError:
         while not printed.exists():
             assert time.monotonic() < deadline

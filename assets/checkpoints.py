@@ -69,6 +69,7 @@ def check_contents(state):
     if {type(x) for x in state.get("metrics", {}).values()} - {float}:
         raise ValueError(f"metrics are {state['metrics']}")
     config = Config(**{field.name: state["config"][field.name] for field in fields(Config)})
+    # JSON knows no NaN
     sizes = checked_sizes(json.loads(state["actions"], parse_constant=int))
     if sizes != config.action_spec:
         raise ValueError(f"actions of {sizes} categories, but an action_spec of "

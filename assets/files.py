@@ -172,14 +172,14 @@ def write_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as RuntimeError
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
         fail(f"{path} could not be written ({error}); the file from before, if any, is intact. "
              "Free some space, or name a place where you may write, and try again")
+    finally:
+        # it is there no more, unless something broke off, Ctrl-C included
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class Episode(dict):

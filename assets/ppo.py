@@ -21,9 +21,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from assets.files import fail, in_one_line, new_parser
-from assets.report import mean_and_error
+from assets.report import PPO_TABLE, mean_and_error
 
-TABLE = Path(__file__).parent / "results/ppo.csv"
 COLUMNS = ("seed", "frames", "minutes", "what", "episodes", "return_mean", "return_se",
            "return_median")
 # What `--preset cpu` plays: 160 + 3 * 60 episodes of 250 frames
@@ -51,7 +50,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="training seed, as of train.py")
     parser.add_argument("--frames", type=int, default=FRAMES, help="agent frames, 4 steps each")
     parser.add_argument("--minutes", type=float, help="train so long, however many frames")
-    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--out", type=Path, default=PPO_TABLE)
     args = parser.parse_args(arguments)
     try:
         from stable_baselines3 import PPO

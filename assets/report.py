@@ -20,7 +20,7 @@ from assets.measures import correlation
 
 ASSETS = Path(__file__).parent
 EPISODES = ASSETS / "results/episodes.csv"
-PPO = Path(__file__).parent / "results/ppo.csv"
+PPO_TABLE = ASSETS / "results/ppo.csv"
 DRIVE = ("policy", "seed", "return", "length")
 POLICIES = {"random": "random actions", "bc": "behaviour cloning", "return": "trained in dreams"}
 COLORS = {"random": "#9aa0a6", "bc": "#e0a030", "return": "#2a6fbb"}
@@ -189,7 +189,7 @@ def returns_figure(runs):
             mean, error = mean_and_error(values)
             axis.errorbar(x, mean, 1.96 * error, fmt="o", color=color, ms=6, capsize=4,
                           label=POLICIES[policy] if i == 0 else None)
-    ppo = [float(row["return_mean"]) for row in read_rows(PPO) if row["what"] == "evaluation"]
+    ppo = [float(row["return_mean"]) for row in read_rows(PPO_TABLE) if row["what"] == "evaluation"]
     for y, text in ((343, "DQN"), (429, "PPO, 4 M steps"), (906, "World Models"),
                     (np.mean(ppo), "PPO, 0.34 M steps")):
         axis.axhline(y, color="#bbbbbb", lw=0.8, ls="--", zorder=0)

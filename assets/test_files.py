@@ -949,15 +949,6 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(copied, capsys):
         error(capsys, lambda: main("--phase", "dream", "--run", copied), path.name, "no file")
 
 
-def test_a_file_whose_writing_ctrl_c_breaks_off_leaves_nothing(tmp_path):
-    def write(file):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        files.write_file(tmp_path / "x", write)
-    assert not contents(tmp_path)
-
-
 def test_nor_in_the_place_of_a_file_to_write(tmp_path, capsys):
     for name in ("metrics.jsonl", ".x.part"):
         os.mkfifo(tmp_path / name)
@@ -965,6 +956,15 @@ def test_nor_in_the_place_of_a_file_to_write(tmp_path, capsys):
     error(capsys, lambda: log("agent"), "metrics.jsonl", "no file")
     files.write_file(tmp_path / "x", lambda file: file.write(b"x"))
     assert contents(tmp_path) == {Path("x"): b"x"}
+
+
+def test_a_file_whose_writing_ctrl_c_breaks_off_leaves_nothing(tmp_path):
+    def write(file):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_file(tmp_path / "x", write)
+    assert not contents(tmp_path)
 
 
 @pytest.mark.parametrize("variables", [
