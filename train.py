@@ -244,26 +244,22 @@ class AgentPolicy:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.cache = Cache()
         self.dream = self.agent.dream(generator=self.generator, k=1)
-        # v_t of every step (n,), for evaluation
-        self.values = []
 
     @torch.no_grad()
     def act(self, frames, actions):
         z = self.tokenizer.encode(to_images(frames[:, None], self.device), cache=self.cache)
         led_here = torch.as_tensor(actions[:, None], device=self.device)
         h = self.dream.observe(z, led_here)[:, 0]
-        self.values.append(self.agent.value(h).cpu().numpy())
         action = self.agent.sample(self.agent.policy(h), self.generator).cpu().numpy()
         explore = self.random.rng.random((len(action), 1)) < self.random_share
         return np.where(explore, self.random.act(frames, actions), action).astype(np.int16)
 
 
 def play(cfg, policy, seeds, done=()):
-    """Plays one episode per seed, cfg.envs at a time; yields (seed, episode).
+    """Plays one episode per seed, cfg.envs at a time; yields (seed, arrays of an episode file).
 
-    Episodes are the arrays of an episode file; those of agents also have "values" (T,), what the
-    value head expected at every frame. Those whose seed is in `done` are left out. Episodes played
-    side by side share random numbers: they are played together again if one is missing.
+    Those whose seed is in `done` are left out. Episodes played side by side share random numbers:
+    they are played together again if one is missing.
     """
     seeds, count = list(seeds), min(cfg.envs, len(seeds))
     if not cfg.env:
@@ -274,39 +270,36 @@ def play(cfg, policy, seeds, done=()):
             wave = (seeds[start:] + [seeds[-1]] * count)[:count]
             if all(seed in done for seed in wave):
                 continue
-            # no action led to the first frame, and no reward came with it
-            first, _ = zip(*call(PixelEnv.reset, wave))
-            frames, rewards = [np.array(first)], [np.zeros(count)]
-            actions = [np.full((count, len(cfg.action_spec)), -1, np.int16)]
-            lengths = np.zeros(count, int)
             policy.reset(wave)
-            while not lengths.all():
+            frames = np.array([frame for frame, _ in call(PixelEnv.reset, wave)])
+            actions = np.full((count, len(cfg.action_spec)), -1, np.int16)
+            # no action led to the first frame, and no reward came with it
+            episodes = [[(frames[i], actions[i], 0.0)] for i in range(count)]
+            ended = np.zeros(count, bool)
+            while not ended.all():
                 check_stop()
                 # the action that h_t chooses leads to frame t + 1, with which it is stored
-                actions.append(policy.act(frames[-1], actions[-1]))
-                answers = call(PixelEnv.step, actions[-1])
-                frame, reward, terminated, truncated, _ = map(np.array, zip(*answers))
-                frames.append(frame)
-                rewards.append(reward)
-                lengths[(terminated | truncated) & (lengths == 0)] = len(frames)
-            moves = any((frame != frames[0]).any() for frame in frames)
-            if isinstance(policy, RandomPolicy) and len(frames) > 8 and not moves:
-                fail(f"--env {cfg.env} shows the same picture in all {count * len(frames)} frames "
-                     "of random actions; is it black? Look at what it draws")
+                actions = policy.act(frames, actions)
+                answers = call(PixelEnv.step, actions)
+                frames, rewards, terminated, truncated, _ = map(np.array, zip(*answers))
+                for i in np.flatnonzero(~ended):
+                    episodes[i].append((frames[i], actions[i], rewards[i]))
+                # an environment that has ended goes on saying so
+                ended = terminated | truncated
+            lengths = [len(steps) for steps in episodes]
+            moves = any((frame != steps[0][0]).any() for steps in episodes for frame, *_ in steps)
+            if isinstance(policy, RandomPolicy) and max(lengths) > 8 and not moves:
+                fail(f"--env {cfg.env} shows the same picture in all {sum(lengths)} frames of "
+                     "random actions; is it black? Look at what it draws")
             for i, seed in enumerate(seeds[start:start + count]):
                 if seed in done:
                     continue
-                rows = {"frames": (frames, np.uint8), "actions": (actions, np.int16),
-                        "rewards": (rewards, np.float32)}
-                if hasattr(policy, "values"):
-                    # nobody acts at the last frame: the value of the one before stands in
-                    rows["values"] = (policy.values + policy.values[-1:], np.float32)
-                # an environment that has ended goes on saying so
-                episode = {"terminal": np.array(terminated[i])}
-                for name, (steps, dtype) in rows.items():
-                    own = [step[i] for step in steps[:lengths[i]]]
-                    episode[name] = np.stack(own).astype(dtype)
-                yield seed, episode
+                own_frames, own_actions, own_rewards = zip(*episodes[i])
+                yield seed, {
+                    "frames": np.array(own_frames, np.uint8),
+                    "actions": np.array(own_actions, np.int16),
+                    "rewards": np.array(own_rewards, np.float32),
+                    "terminal": np.array(terminated[i])}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -526,7 +519,6 @@ def collect(run, policy_file=None, first=None, wanted=None):
     for seed, episode in play(cfg, policy, seeds, done):
         if not returns:
             run.save_config()
-        episode.pop("values", None)
         write_file(paths[seed], functools.partial(np.savez_compressed, **episode))
         returns.append(float(episode["rewards"].sum()))
         metrics = {"return_mean": np.mean(returns), "return_std": np.std(returns)}

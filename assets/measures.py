@@ -51,21 +51,24 @@ def drives(returns, lengths, cfg):
 
 
 @torch.no_grad()
-def predict_rewards(agent, episode, chunk=32):
-    """Streams a whole episode through the agent, `chunk` frames at a time -> rewards (T,)."""
+def predict(agent, episode, chunk=32):
+    """Streams a whole episode through the agent, `chunk` frames at a time.
+
+    Returns what it expects at every frame: the reward that came with it (T,), and the value (T,).
+    """
     device, pieces = next(agent.parameters()).device, []
     stream = agent.dream(k=1)
     for t in range(0, len(episode["rewards"]), chunk):
         z = torch.as_tensor(episode["latents"][None, t:t + chunk], device=device)
         actions = torch.as_tensor(episode["actions"][None, t:t + chunk], device=device)
         h = stream.observe(z.float(), actions)
-        pieces.append(agent.reward(h)[0].cpu().numpy())
-    return np.concatenate(pieces)
+        pieces.append(torch.cat((agent.reward(h), agent.value(h))).cpu().numpy())
+    return np.concatenate(pieces, 1)
 
 
 def predicted_and_real_rewards(agent, episodes):
     """Of all frames of the episodes but their first, two flat arrays."""
-    predicted = [predict_rewards(agent, episode)[1:] for episode in episodes]
+    predicted = [predict(agent, episode)[0][1:] for episode in episodes]
     real = [e["rewards"][1:] for e in episodes]
     # large ones have squares that float32 cannot hold
     return np.concatenate(predicted, dtype=float), np.concatenate(real, dtype=float)
@@ -148,7 +151,7 @@ def discounted_returns(rewards, values, gamma):
     return np.append(returns[0].numpy(), values[0, -1].numpy())
 
 
-def values_and_returns(episode, gamma):
+def values_and_returns(agent, episode, gamma):
     """The value head's expectation and the discounted return that came, where that is known.
 
     A time limit cuts returns off, which the value cannot foresee: two horizons 1 / (1 - γ) before
@@ -159,12 +162,12 @@ def values_and_returns(episode, gamma):
     if not episode["terminal"]:
         known = T - min(round(2 / max(1 - gamma, 1e-6)), T // 2)
     returns = discounted_returns(episode["rewards"], np.zeros(T, np.float32), gamma)
-    return episode["values"][:known], returns[:known]
+    return predict(agent, episode)[1][:known], returns[:known]
 
 
-def value_correlation(episodes, gamma):
-    """Correlation of value and real discounted return, over the frames of episodes with values."""
-    pairs = [values_and_returns(episode, gamma) for episode in episodes]
+def value_correlation(agent, episodes, gamma):
+    """Correlation of value and real discounted return, over all frames where that is known."""
+    pairs = [values_and_returns(agent, episode, gamma) for episode in episodes]
     values, returns = (np.concatenate(arrays, dtype=float) for arrays in zip(*pairs))
     return correlation(values, returns)
 
@@ -192,8 +195,8 @@ def steps_without_reward(rewards, usual):
 def by_waiting(agent, episodes, cfg, rng, count=96):
     """What the model expects and what comes, by how long no reward came. A dict, and lines.
 
-    episodes: played by this policy, with values. For every group in WAITING: the reward of the next
-    `horizon` steps, as dreamed, as the reward head reads it off the real frames, and as it came;
+    episodes: played by this policy. For every group in WAITING: the reward of the next `horizon`
+    steps, as dreamed, as the reward head reads it off the real frames, and as it came;
     the value, and the discounted return that came (beyond a time limit at least 1 / (1 - γ) steps
     ahead, the last value stands for it). Means over up to `count` moments.
     """
@@ -202,10 +205,9 @@ def by_waiting(agent, episodes, cfg, rng, count=96):
     moments = {name: [] for name in WAITING}
     for episode in episodes:
         since, rewards = steps_without_reward(episode["rewards"], usual), episode["rewards"]
-        predicted = predict_rewards(agent, episode)
-        T, values = len(rewards), episode["values"].copy()
+        predicted, values = predict(agent, episode)
         values[-1] *= not episode["terminal"]
-        returns = discounted_returns(rewards, values, cfg.gamma)
+        returns, T = discounted_returns(rewards, values, cfg.gamma), len(rewards)
         left = 0 if episode["terminal"] else min(round(1 / max(1 - cfg.gamma, 1e-6)), T // 2)
         for t in range(C - 1, T - max(H, left)):
             for name, (low, high) in WAITING.items():
@@ -260,7 +262,7 @@ def model_measures(tokenizer, agent, held_out, played, cfg, seed):
     results["tokenizer_psnr"] = float(np.mean(scores))
     results |= dream_measures(tokenizer, agent, held_out, np.random.default_rng(seed), cfg.k)
     results["reward_corr"] = correlation(*predicted_and_real_rewards(agent, held_out))
-    results["value_corr"] = value_correlation(played, cfg.gamma)
+    results["value_corr"] = value_correlation(agent, played, cfg.gamma)
     imagined, real, count = imagined_and_real_reward(
         agent, played, np.random.default_rng(seed), cfg.rollout_context, cfg.horizon, cfg.k,
         cfg.temperature)

@@ -35,20 +35,23 @@ def test_correlation_by_hand(a, b, expected):
     assert measures.correlation(np.array(a, float), np.array(b, float)) == pytest.approx(expected)
 
 
-def test_returns_by_hand():
+def halves(agent, episode):
+    """A model that expects half of every reward, and as much from there on."""
+    return episode["rewards"] / 2, episode["rewards"] / 2
+
+
+def test_returns_by_hand(monkeypatch):
     rewards = np.array([9, 1, 2, 4], np.float32)
-    episode = {"rewards": rewards, "values": np.zeros(4), "terminal": True}
-    _, returns = measures.values_and_returns(episode, 0.5)
-    assert returns.tolist() == [3, 4, 4, 0]
+    episode = {"rewards": rewards, "terminal": True}
+    monkeypatch.setattr(measures, "predict", halves)
+    values, returns = measures.values_and_returns(None, episode, 0.5)
+    assert values.tolist() == [4.5, 0.5, 1, 2] and returns.tolist() == [3, 4, 4, 0]
 
 
 def test_huge_rewards_and_a_single_imagined_step_warn_of_nothing(monkeypatch):
-    def predict(agent, episode):
-        return episode["rewards"] / 2
-
-    monkeypatch.setattr(measures, "predict_rewards", predict)
+    monkeypatch.setattr(measures, "predict", halves)
     rewards = np.array([0, 1e30, -1e30, 2e29], np.float32)
-    episodes = [{"rewards": rewards, "values": rewards, "terminal": True}] * 2
+    episodes = [{"rewards": rewards, "terminal": True}] * 2
     data = types.SimpleNamespace(
         train=episodes, held_out=episodes, usual_reward=0.0, is_unusual=lambda x: x != 0)
     agent = Agent(config())
@@ -56,7 +59,7 @@ def test_huge_rewards_and_a_single_imagined_step_warn_of_nothing(monkeypatch):
         warnings.simplefilter("error")
         assert measures.reward_health(None, data)[0]["reward_corr"] == pytest.approx(1)
         measures.mean_return([{"rewards": rewards}, {"rewards": -rewards}])
-        measures.value_correlation(episodes, 0.9)
+        measures.value_correlation(None, episodes, 0.9)
         rollout = imagine(agent, torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2).long(), horizon=1)
         _, metrics = agent.imagination_loss(rollout, frozen(agent.policy_head))
     assert metrics["advantage_std"] == 0
@@ -92,19 +95,20 @@ def test_waiting_is_counted_from_the_last_reward_that_is_not_the_usual_one():
 def test_expectations_are_split_by_how_long_no_reward_came(monkeypatch, terminal):
     cfg = train.TrainConfig(**dataclasses.asdict(config(gamma=0.9)), horizon=4, rollout_context=3)
     agent, T, rng = frozen(new_agent(gamma=0.9)), 60, np.random.default_rng(0)
+    torch.nn.init.normal_(agent.value_head.layers[-1].weight)
     rewards = np.zeros(T, np.float32)
     rewards[[5, 7, 30]] = 1, 2, 4
     latents = rng.uniform(-1, 1, (T, cfg.latents, cfg.latent_channels)).astype(np.float16)
     episode = {"rewards": rewards, "terminal": np.array(terminal), "latents": latents,
-               "actions": np.zeros((T, 2), np.int16), "values": np.arange(T, dtype=np.float32)}
+               "actions": np.zeros((T, 2), np.int16)}
     # frames get noise before the agent sees them
     torch.manual_seed(0)
     results, lines = measures.by_waiting(agent, [episode], cfg, rng)
     torch.manual_seed(0)
-    predicted = measures.predict_rewards(agent, episode)
-    # beyond a time limit, 59
+    predicted, values = measures.predict(agent, episode)
+    # beyond a time limit, what is expected of the last frame
     returns = [sum(0.9 ** (i - t - 1) * rewards[i] for i in range(t + 1, T))
-               + 0.9 ** (T - 1 - t) * (0 if terminal else 59) for t in range(T)]
+               + 0.9 ** (T - 1 - t) * (0 if terminal else values[-1]) for t in range(T)]
     # between contexts of three frames and the last four, or ten before a time limit
     end = 56 if terminal else 50
     moments = {"0_2": [2, 5, 6, 7, 8, 9, 30, 31, 32],
@@ -113,7 +117,8 @@ def test_expectations_are_split_by_how_long_no_reward_came(monkeypatch, terminal
     assert len(lines) == len(moments) and "real_61_up" not in results
     for name, ts in moments.items():
         for label, numbers in {
-                "real": [rewards[t + 1:t + 5].sum() for t in ts], "value": ts,
+                "real": [rewards[t + 1:t + 5].sum() for t in ts],
+                "value": [values[t] for t in ts],
                 "predicted": [predicted[t + 1:t + 5].sum() for t in ts],
                 "return": [returns[t] for t in ts]}.items():
             assert results[f"{label}_{name}"] == pytest.approx(np.mean(numbers), rel=1e-4)
@@ -131,18 +136,19 @@ def test_expectations_are_split_by_how_long_no_reward_came(monkeypatch, terminal
         tuple(z.flatten().tolist()) for z in last}
 
 
-def test_predicted_rewards_stand_beside_those_of_the_same_frames():
-    # a stream whose h is the latent, and whose reward is h
+def test_predictions_stand_beside_what_came_with_the_same_frames():
+    # a stream whose h is the latent; the reward is h, and the value its negative
     stream = types.SimpleNamespace(observe=lambda z, actions: z[:, :, 0])
     agent = types.SimpleNamespace(
         parameters=lambda: iter([torch.zeros(1)]), dream=lambda k: stream,
-        reward=lambda h: h[..., 0])
+        reward=lambda h: h[..., 0], value=lambda h: -h[..., 0])
     episodes = []
     for T in (70, 5):
         rewards = np.arange(T, dtype=np.float32)
         episodes.append({"rewards": rewards, "actions": np.zeros((T, 2), np.int16),
                          "latents": 2 * rewards[:, None, None].astype(np.float16)})
-        assert np.array_equal(measures.predict_rewards(agent, episodes[-1]), 2 * rewards)
+        rewards_and_values = measures.predict(agent, episodes[-1])
+        assert np.array_equal(rewards_and_values, (2 * rewards, -2 * rewards))
     predicted, real = measures.predicted_and_real_rewards(agent, episodes)
     assert np.array_equal(predicted, 2 * real)
     # no reward came with the first frame
