@@ -330,9 +330,6 @@ class Data:
         self.recent = {id(e) for e in self.episodes[len(self.episodes) - recent:]}
         self.usual_reward = measures.usual_reward(self.train)
 
-    def is_unusual(self, rewards):
-        return measures.is_unusual(rewards, self.usual_reward)
-
     def sample(self, rng, B, T, names, rewarded_share=0.0):
         """B random windows of T frames of training episodes -> arrays (B, T, ...), and continues.
 
@@ -355,7 +352,7 @@ class Data:
             episode = episodes[index]
             rewards = episode["rewards"]
             start = rng.integers(len(rewards) - T + 1)
-            unusual = np.flatnonzero(self.is_unusual(rewards[1:])) + 1
+            unusual = np.flatnonzero(measures.is_unusual(rewards[1:], self.usual_reward)) + 1
             if rng.random() < rewarded_share and len(unusual):
                 # at any place in the window
                 start = rng.choice(unusual) - rng.integers(T)
@@ -547,13 +544,8 @@ def train_tokenizer(run):
             images = to_images(batch["frames"], run.device)
             loss, metrics = loop.model_in_ddp(images, batch["mask"])
         loop.update(loss, metrics, B * T)
-    # of up to eight held-out episodes, of all rounds
-    tokenizer, pairs = run.for_inference(loop.ema), []
-    for episode in data.held_out[::max(1, len(data.held_out) // 8)][:8]:
-        truth = episode["frames"]
-        pairs.append((truth, decode(tokenizer, encode(tokenizer, truth)[None])[0]))
+    pairs = write_reconstructions(picture, run.for_inference(loop.ema), data.held_out)
     score = float(np.mean([measures.psnr(*pair) for pair in pairs]))
-    write_reconstructions(picture, pairs)
     run.log("tokenizer", psnr=score)
     print0(f"[tokenizer] PSNR on held-out episodes {score:.2f} dB; see {picture}")
     loop.save(finished=True)

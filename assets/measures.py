@@ -78,7 +78,7 @@ def reward_health(agent, data):
     """The agent phase's health report: a dict of numbers, and a list of lines. data: train.Data."""
     rewards = np.concatenate([e["rewards"][1:] for e in data.train], dtype=float)
     predicted, real = predicted_and_real_rewards(agent, data.held_out)
-    share = float(data.is_unusual(rewards).mean())
+    share = float(is_unusual(rewards, data.usual_reward).mean())
     numbers = {"reward_corr": correlation(predicted, real), "reward_share": share}
     lines = [
         f"health: {(rewards != 0).mean():.1%} of the rewards are not zero, {share:.1%} differ from "

@@ -9,7 +9,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 import train
-from assets import worlds
+from assets import measures, worlds
 from test_dreamer4 import error, main, signals
 
 
@@ -186,7 +186,8 @@ def test_a_share_of_the_windows_holds_an_unusual_reward(tmp_path):
     # time costs a little
     data = small_data(tmp_path, [50] * 3, reward=lambda t: 3.0 if t == 20 else -0.1 * (t > 0))
     for e in data.train:
-        assert np.flatnonzero(data.is_unusual(e["rewards"][1:])).tolist() == [19]
+        unusual = measures.is_unusual(e["rewards"], data.usual_reward)
+        assert np.flatnonzero(unusual[1:]).tolist() == [19]
     chance = 4 / 47
     for share in (0, 0.5, 1):
         found = sample(data, 1000, 4, ["rewards"], share)["rewards"] == 3

@@ -52,8 +52,7 @@ def test_huge_rewards_and_a_single_imagined_step_warn_of_nothing(monkeypatch):
     monkeypatch.setattr(measures, "predict", halves)
     rewards = np.array([0, 1e30, -1e30, 2e29], np.float32)
     episodes = [{"rewards": rewards, "terminal": True}] * 2
-    data = types.SimpleNamespace(
-        train=episodes, held_out=episodes, usual_reward=0.0, is_unusual=lambda x: x != 0)
+    data = types.SimpleNamespace(train=episodes, held_out=episodes, usual_reward=0.0)
     agent = Agent(config())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import types

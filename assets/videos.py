@@ -111,12 +111,19 @@ def write_dream(path, tokenizer, dream, episodes, seed, length=32, agent=None, c
     write_video(path, np.concatenate((above, below), 1))
 
 
-def write_reconstructions(path, pairs):
-    """Picture: the middle frames of every pair of videos (T, H, W, 3), one above the other."""
+def write_reconstructions(path, tokenizer, episodes):
+    """Picture: the middle frames of up to eight episodes, and below them what is left of them.
+
+    Returns pairs of whole videos (T, H, W, 3): truth and reconstruction.
+    """
+    # of all rounds
+    chosen = [e["frames"] for e in episodes[::max(1, len(episodes) // 8)][:8]]
+    pairs = [(truth, decode(tokenizer, encode(tokenizer, truth)[None])[0]) for truth in chosen]
     columns = [np.concatenate((a[len(a) // 2], b[len(b) // 2]), 0) for a, b in pairs]
     image = np.concatenate(columns, 1).repeat(3, 0).repeat(3, 1)
     if is_main_process():
         write_file(path, functools.partial(imageio.imwrite, image=image, extension=".png"))
+    return pairs
 
 
 def write_video(path, frames, scale=2, fps=12):
