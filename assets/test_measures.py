@@ -36,8 +36,8 @@ def test_correlation_by_hand(a, b, expected):
 
 
 def halves(agent, episode):
-    """A model that expects half of every reward, and as much from there on."""
-    return episode["rewards"] / 2, episode["rewards"] / 2
+    """A model that expects half of every reward, and a quarter of it from there on."""
+    return episode["rewards"] / 2, episode["rewards"] / 4
 
 
 def test_returns_by_hand(monkeypatch):
@@ -45,18 +45,20 @@ def test_returns_by_hand(monkeypatch):
     episode = {"rewards": rewards, "terminal": True}
     monkeypatch.setattr(measures, "predict", halves)
     values, returns = measures.values_and_returns(None, episode, 0.5)
-    assert values.tolist() == [4.5, 0.5, 1, 2] and returns.tolist() == [3, 4, 4, 0]
+    assert values.tolist() == [2.25, 0.25, 0.5, 1] and returns.tolist() == [3, 4, 4, 0]
 
 
 def test_huge_rewards_and_a_single_imagined_step_warn_of_nothing(monkeypatch):
     monkeypatch.setattr(measures, "predict", halves)
     rewards = np.array([0, 1e30, -1e30, 2e29], np.float32)
     episodes = [{"rewards": rewards, "terminal": True}] * 2
-    data = types.SimpleNamespace(train=episodes, held_out=episodes, usual_reward=0.0)
+    usual = float(rewards[2])
+    data = types.SimpleNamespace(train=episodes, held_out=episodes, usual_reward=usual)
     agent = Agent(config())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measures.reward_health(None, data)[0]["reward_corr"] == pytest.approx(1)
+        numbers, _ = measures.reward_health(None, data)
+        assert numbers == {"reward_corr": pytest.approx(1), "reward_share": pytest.approx(2 / 3)}
         measures.mean_return([{"rewards": rewards}, {"rewards": -rewards}])
         measures.value_correlation(None, episodes, 0.9)
         rollout = imagine(agent, torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2).long(), horizon=1)
@@ -199,6 +201,19 @@ def test_an_episode_is_encoded_and_decoded_as_a_stream(T=9):
         assert latents.dtype == np.float16
         assert_close(torch.as_tensor(latents).float(), z[0], atol=2e-3, rtol=1e-3)
         assert np.abs(videos.decode(tokenizer, latents[None], chunk)[0] - decoded).max() < 2
+
+
+def test_reconstructions_are_of_eight_episodes_of_all_rounds(tmp_path):
+    episodes = [{"frames": np.full((3, 12, 20, 3), i, np.uint8)} for i in range(17)]
+    tokenizer = frozen(Tokenizer(config()))
+    pairs = videos.write_reconstructions(tmp_path / "a.png", tokenizer, episodes)
+    assert [int(truth.mean()) for truth, _ in pairs] == list(range(0, 16, 2))
+    for truth, reconstruction in pairs:
+        again = videos.decode(tokenizer, videos.encode(tokenizer, truth)[None])[0]
+        assert np.array_equal(reconstruction, again)
+    picture = imageio.imread(tmp_path / "a.png")
+    # two rows of eight, three times as large
+    assert picture.shape == (2 * 12 * 3, 8 * 20 * 3, 3) and (picture[:36, -60:] == 14).all()
 
 
 def test_dreams_are_as_long_as_asked_for_and_gif_or_mp4(copied, tmp_path):
