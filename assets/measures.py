@@ -151,7 +151,7 @@ def discounted_returns(rewards, values, gamma):
     return np.append(returns[0].numpy(), values[0, -1].numpy())
 
 
-def values_and_returns(agent, episode, gamma):
+def values_and_returns(episode, gamma):
     """The value head's expectation and the discounted return that came, where that is known.
 
     A time limit cuts returns off, which the value cannot foresee: two horizons 1 / (1 - γ) before
@@ -162,12 +162,12 @@ def values_and_returns(agent, episode, gamma):
     if not episode["terminal"]:
         known = T - min(round(2 / max(1 - gamma, 1e-6)), T // 2)
     returns = discounted_returns(episode["rewards"], np.zeros(T, np.float32), gamma)
-    return predict(agent, episode)[1][:known], returns[:known]
+    return episode["values"][:known], returns[:known]
 
 
-def value_correlation(agent, episodes, gamma):
-    """Correlation of value and real discounted return, over all frames where that is known."""
-    pairs = [values_and_returns(agent, episode, gamma) for episode in episodes]
+def value_correlation(episodes, gamma):
+    """Correlation of value and real discounted return, over the frames of episodes with values."""
+    pairs = [values_and_returns(episode, gamma) for episode in episodes]
     values, returns = (np.concatenate(arrays, dtype=float) for arrays in zip(*pairs))
     return correlation(values, returns)
 
@@ -195,17 +195,18 @@ def steps_without_reward(rewards, usual):
 def by_waiting(agent, episodes, cfg, rng, count=96):
     """What the model expects and what comes, by how long no reward came. A dict, and lines.
 
-    episodes: played by this policy. For every group in WAITING: the reward of the next `horizon`
-    steps, as dreamed, as the reward head reads it off the real frames, and as it came;
-    the value, and the discounted return that came (beyond a time limit at least 1 / (1 - γ) steps
-    ahead, the last value stands for it). Means over up to `count` moments.
+    episodes: played by this policy, with what predict() gives as "expected_rewards" and "values".
+    For every group in WAITING: the reward of the next `horizon` steps, as dreamed, as the reward
+    head reads it off the real frames, and as it came; the value, and the discounted return that
+    came (beyond a time limit at least 1 / (1 - γ) steps ahead, the last value stands for it). Means
+    over up to `count` moments.
     """
     usual = usual_reward(episodes)
     C, H, device = cfg.rollout_context, cfg.horizon, next(agent.parameters()).device
     moments = {name: [] for name in WAITING}
     for episode in episodes:
         since, rewards = steps_without_reward(episode["rewards"], usual), episode["rewards"]
-        predicted, values = predict(agent, episode)
+        predicted, values = episode["expected_rewards"], episode["values"].copy()
         values[-1] *= not episode["terminal"]
         returns, T = discounted_returns(rewards, values, cfg.gamma), len(rewards)
         left = 0 if episode["terminal"] else min(round(1 / max(1 - cfg.gamma, 1e-6)), T // 2)
@@ -262,7 +263,9 @@ def model_measures(tokenizer, agent, held_out, played, cfg, seed):
     results["tokenizer_psnr"] = float(np.mean(scores))
     results |= dream_measures(tokenizer, agent, held_out, np.random.default_rng(seed), cfg.k)
     results["reward_corr"] = correlation(*predicted_and_real_rewards(agent, held_out))
-    results["value_corr"] = value_correlation(agent, played, cfg.gamma)
+    for episode in played:
+        episode["expected_rewards"], episode["values"] = predict(agent, episode)
+    results["value_corr"] = value_correlation(played, cfg.gamma)
     imagined, real, count = imagined_and_real_reward(
         agent, played, np.random.default_rng(seed), cfg.rollout_context, cfg.horizon, cfg.k,
         cfg.temperature)
