@@ -8,7 +8,8 @@ It sees what Dreamer 4 sees here, 64x64 pixels in colour, four frames of them, r
 as often, and chooses among the same categories. Rewards are normalized and the numbers below are
 those of RL Baselines3 Zoo for CarRacing, but for shorter rollouts, as there are fewer frames. It is
 evaluated on the same tracks as a run of train.py with this seed. Adds rows to results/ppo.csv: the
-return of the last 40 episodes while it learns, and at the end the mean over the tracks.
+return of the last 40 episodes while it learns, and at the end the means over the tracks of the most
+probable actions and of sampled ones.
 """
 import csv
 import functools
@@ -29,15 +30,15 @@ COLUMNS = ("seed", "frames", "minutes", "what", "episodes", "return_mean", "retu
 FRAMES = 85_000
 
 
-def evaluate(model, make, cfg, seed):
-    """The returns on the tracks that train.evaluate drives. The policy acts deterministically."""
+def evaluate(model, make, cfg, seed, deterministic):
+    """The returns on the tracks that train.evaluate drives."""
     from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
     returns, env = [], VecFrameStack(DummyVecEnv([make]), 4)
     for i in range(cfg.eval_episodes):
         env.seed(train.EVALUATION_SEEDS + seed * 1000 + i)
         frames, total, is_done = env.reset(), 0.0, [False]
         while not is_done[0]:
-            action, _ = model.predict(frames, deterministic=True)
+            action, _ = model.predict(frames, deterministic=deterministic)
             frames, reward, is_done, _ = env.step(action)
             total += float(reward[0])
         returns.append(total)
@@ -86,7 +87,9 @@ def main(arguments=None):
         return not args.minutes or time.time() - start < 60 * args.minutes
 
     model.learn(10 ** 9 if args.minutes else args.frames, callback=goes_on)
-    write("evaluation", evaluate(model, make, cfg, args.seed))
+    # the most probable actions, as is customary, may keep a lost car where it is
+    write("evaluation", evaluate(model, make, cfg, args.seed, deterministic=True))
+    write("evaluation, sampled", evaluate(model, make, cfg, args.seed, deterministic=False))
 
 
 if __name__ == "__main__":

@@ -83,10 +83,22 @@ def curve(log, phase, key):
     return x, np.array([y[max(0, i - 4):i + 5].mean() for i in range(len(y))])
 
 
+def learning_curve(folder, settings, log, final):
+    """Thousands of environment steps by the end of every round, and the return of its episodes."""
+    lengths = []
+    for path in sorted((folder / "data").glob("*.npz")):
+        lengths.append(settings["action_repeat"] * (len(np.load(path)["rewards"]) - 1))
+    collected = {row["round"]: row["return_mean"] for row in log if row["phase"] == "collect"}
+    counts = [settings["collect_episodes"] + r * settings["round_episodes"] for r in collected]
+    steps = [sum(lengths[:count]) / 1000 for count in counts]
+    # the policy of the last round collects nothing, it is evaluated
+    return [*steps, steps[-1]], [*collected.values(), final]
+
+
 def read_run(folder):
-    """A finished run: its seed, numbers of eval.json, rows of episodes.csv, curves, rounds."""
+    """A finished run: its seed, numbers of eval.json, rows of episodes.csv, curves."""
     try:
-        seed = int(json.loads(read(folder / "config.json"))["seed"])
+        config = json.loads(read(folder / "config.json"))
         evaluation = json.loads(read(folder / "eval.json"))
         # null: the episodes were too short to measure it
         result = {name: np.array(x, float).item() for name, x in evaluation.items()}
@@ -97,10 +109,9 @@ def read_run(folder):
         rows = [{name: row[name] for name in DRIVE} for row in read_rows(folder / "episodes.csv")]
         log = [json.loads(line) for line in read(folder / "metrics.jsonl").splitlines()]
         curves = [curve(log, phase, key) for phase, key, *_ in CURVES]
-        rounds = {row["round"]: row["return_mean"] for row in log if row["phase"] == "collect"}
-        rounds[max(rounds) + 1] = result["return_mean"]
-        return {"seed": seed, "result": result, "rows": rows, "returns": returns(rows),
-                "curves": curves, "rounds": rounds}
+        learning = learning_curve(folder, config["config"], log, result["return_mean"])
+        return {"seed": int(config["seed"]), "result": result, "rows": rows,
+                "returns": returns(rows), "curves": curves, "learning": learning}
     except Exception as error:
         # damaged files raise many kinds of errors
         fail(f"{folder} is no finished run or damaged ({describe(error)}); give one in which "
@@ -214,11 +225,17 @@ def curves_figure(runs):
         axis.set_xlabel("step", fontsize=8)
     axis = axes.flat[-1]
     for run, color in zip(runs, itertools.cycle(SEEDS)):
-        rounds = run["rounds"]
-        axis.plot(rounds.keys(), rounds.values(), "o-", color=color, lw=1.1, ms=4)
-    middle = [f"round {r}" for r in range(1, len(rounds) - 1)]
-    axis.set_xticks(range(len(rounds)), ["random", *middle, "final"])
-    axis.set_title("real return: collected (1/10 random), final", fontsize=9)
+        axis.plot(*run["learning"], "o-", color=color, lw=1.1, ms=4)
+    learning = [row for row in read_rows(PPO_TABLE) if row["what"] == "while training"]
+    for seed in {row["seed"] for row in learning}:
+        curve_of_seed = [row for row in learning if row["seed"] == seed]
+        # it repeats its actions four times, too
+        axis.plot([4 * int(row["frames"]) / 1000 for row in curve_of_seed],
+                  [float(row["return_mean"]) for row in curve_of_seed], color="#9aa0a6", lw=1.1,
+                  label="PPO" if seed == learning[0]["seed"] else None)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title("real return: while learning, final", fontsize=9)
+    axis.set_xlabel("thousand environment steps", fontsize=8)
     axes.flat[0].legend(frameon=False, fontsize=8)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)

@@ -116,6 +116,18 @@ def test_the_figures_and_the_drives_of_six_runs_are_written(
     assert {row["training_seed"] for row in rows} == {"0", "7"}
 
 
+def test_the_learning_curve_counts_environment_steps(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i, frames in enumerate((501, 501, 251, 1)):
+        np.savez(tmp_path / f"data/{i}.npz", rewards=np.zeros(frames, np.float32))
+    settings = {"action_repeat": 4, "collect_episodes": 2, "round_episodes": 1}
+    # the second line of a round stands for all of it
+    log = [{"phase": "collect", "round": r, "return_mean": x} for r, x in ((0, 9), (0, 1), (1, 2))]
+    log.append({"phase": "agent", "round": 1, "reward": 0.5})
+    curve = report.learning_curve(tmp_path, settings, log, final=3)
+    assert curve == ([4.0, 5.0, 5.0], [1, 2, 3])
+
+
 @pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", '{"a": "b"}', '{"seed": "$"}'])
 @pytest.mark.parametrize("name", ["config.json", "eval.json", "episodes.csv", "metrics.jsonl"])
 def test_a_run_with_a_missing_or_broken_file_is_named(copied, assets, capsys, name, text):
