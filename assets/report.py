@@ -200,9 +200,11 @@ def returns_figure(runs):
             mean, error = mean_and_error(values)
             axis.errorbar(x, mean, 1.96 * error, fmt="o", color=color, ms=6, capsize=4,
                           label=POLICIES[policy] if i == 0 else None)
-    ppo = [float(row["return_mean"]) for row in read_rows(PPO_TABLE) if row["what"] == "evaluation"]
+    # of every seed the last row: sampled actions, as ours are
+    learning = [row for row in read_rows(PPO_TABLE) if row["what"] == "while training"]
+    ppo = {row["seed"]: float(row["return_mean"]) for row in learning}
     for y, text in ((343, "DQN"), (429, "PPO, 4 M steps"), (906, "World Models"),
-                    (np.mean(ppo), "PPO, 0.34 M steps")):
+                    (np.mean(list(ppo.values())), "PPO, 0.34 M steps")):
         axis.axhline(y, color="#bbbbbb", lw=0.8, ls="--", zorder=0)
         axis.text(-0.49, y + 8, text, fontsize=7, color="#777777")
     axis.set_xticks(range(len(runs)), [f"seed {run['seed']}" for run in runs])
