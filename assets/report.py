@@ -187,6 +187,18 @@ def write_figure(name, figure, **options):
     write_file(ASSETS / name, functools.partial(figure.savefig, format="png", **options))
 
 
+def ppo_curves():
+    """Of every seed of PPO: thousands of environment steps, the return of its last 40 episodes."""
+    rows = [row for row in read_rows(PPO_TABLE) if row["what"] == "while training"]
+    curves = []
+    for seed in sorted({row["seed"] for row in rows}):
+        own = [row for row in rows if row["seed"] == seed]
+        # it repeats its actions four times, too
+        curves.append(([4 * int(row["frames"]) / 1000 for row in own],
+                       [float(row["return_mean"]) for row in own]))
+    return curves
+
+
 def returns_figure(runs):
     """Return of the three policies for every seed: tracks are dots; mean and its 95 % interval."""
     import matplotlib.pyplot as plt
@@ -200,11 +212,10 @@ def returns_figure(runs):
             mean, error = mean_and_error(values)
             axis.errorbar(x, mean, 1.96 * error, fmt="o", color=color, ms=6, capsize=4,
                           label=POLICIES[policy] if i == 0 else None)
-    # of every seed the last row: sampled actions, as ours are
-    learning = [row for row in read_rows(PPO_TABLE) if row["what"] == "while training"]
-    ppo = {row["seed"]: float(row["return_mean"]) for row in learning}
+    # at the end of training it samples its actions, as ours are sampled
+    ppo = [values[-1] for _, values in ppo_curves()]
     for y, text in ((343, "DQN"), (429, "PPO, 4 M steps"), (906, "World Models"),
-                    (np.mean(list(ppo.values())), "PPO, 0.34 M steps")):
+                    (np.mean(ppo), "PPO, 0.34 M steps")):
         axis.axhline(y, color="#bbbbbb", lw=0.8, ls="--", zorder=0)
         axis.text(-0.49, y + 8, text, fontsize=7, color="#777777")
     axis.set_xticks(range(len(runs)), [f"seed {run['seed']}" for run in runs])
@@ -228,13 +239,8 @@ def curves_figure(runs):
     axis = axes.flat[-1]
     for run, color in zip(runs, itertools.cycle(SEEDS)):
         axis.plot(*run["learning"], "o-", color=color, lw=1.1, ms=4)
-    learning = [row for row in read_rows(PPO_TABLE) if row["what"] == "while training"]
-    for seed in {row["seed"] for row in learning}:
-        curve_of_seed = [row for row in learning if row["seed"] == seed]
-        # it repeats its actions four times, too
-        axis.plot([4 * int(row["frames"]) / 1000 for row in curve_of_seed],
-                  [float(row["return_mean"]) for row in curve_of_seed], color="#9aa0a6", lw=1.1,
-                  label="PPO" if seed == learning[0]["seed"] else None)
+    for i, learning in enumerate(ppo_curves()):
+        axis.plot(*learning, color="#9aa0a6", lw=1.1, label=None if i else "PPO")
     axis.legend(frameon=False, fontsize=8)
     axis.set_title("real return: while learning, final", fontsize=9)
     axis.set_xlabel("thousand environment steps", fontsize=8)
