@@ -83,11 +83,23 @@ def curve(log, phase, key):
     return x, np.array([y[max(0, i - 4):i + 5].mean() for i in range(len(y))])
 
 
-def learning_curve(folder, settings, log, final):
-    """Thousands of environment steps by the end of every round, and the return of its episodes."""
-    lengths = []
+def read_rewards(folder):
+    """The rewards (T,) of a run's episodes, in the order in which they were collected."""
+    rewards = []
     for path in sorted((folder / "data").glob("*.npz")):
-        lengths.append(settings["action_repeat"] * (len(np.load(path)["rewards"]) - 1))
+        # a pipe would be waited for
+        if not path.is_file():
+            raise ValueError(f"{path} is no file")
+        rewards.append(np.load(path)["rewards"].astype(float))
+    return rewards
+
+
+def learning_curve(episodes, settings, log, final):
+    """Thousands of environment steps by the end of every round, and the return of its episodes.
+
+    episodes: of read_rewards().
+    """
+    lengths = [settings["action_repeat"] * (len(rewards) - 1) for rewards in episodes]
     collected = {row["round"]: row["return_mean"] for row in log if row["phase"] == "collect"}
     counts = [settings["collect_episodes"] + r * settings["round_episodes"] for r in collected]
     steps = [sum(lengths[:count]) / 1000 for count in counts]
@@ -105,11 +117,12 @@ def read_run(folder):
         needed = {f"{policy}_{x}" for policy in POLICIES for x in ("mean", "se")}
         if not needed <= result.keys():
             raise ValueError(f"eval.json lacks {needed - result.keys()}")
-        result["neighbour_corr"] = neighbour_correlation(folder)
+        episodes = read_rewards(folder)
+        result["neighbour_corr"] = neighbour_correlation(episodes)
         rows = [{name: row[name] for name in DRIVE} for row in read_rows(folder / "episodes.csv")]
         log = [json.loads(line) for line in read(folder / "metrics.jsonl").splitlines()]
         curves = [curve(log, phase, key) for phase, key, *_ in CURVES]
-        learning = learning_curve(folder, config["config"], log, result["return_mean"])
+        learning = learning_curve(episodes, config["config"], log, result["return_mean"])
         return {"seed": int(config["seed"]), "result": result, "rows": rows,
                 "returns": returns(rows), "curves": curves, "learning": learning}
     except Exception as error:
@@ -159,18 +172,14 @@ def drives(values):
               + " | ".join(map(str, counts)) + " |")
 
 
-def neighbour_correlation(folder, reach=4):
+def neighbour_correlation(episodes, reach=4):
     """How well the real rewards around a step tell that step's.
 
     In which of two steps a wheel touches the next tile is chance, as far as pictures of this size
-    show. Fitted on training episodes, measured on held-out ones.
+    show. Fitted on training episodes, measured on held-out ones. episodes: of read_rewards().
     """
     rows, targets, held_out = [], [], []
-    for i, path in enumerate(sorted((folder / "data").glob("*.npz"))):
-        # a pipe would be waited for
-        if not path.is_file():
-            raise ValueError(f"{path} is no file")
-        rewards = np.load(path)["rewards"].astype(float)
+    for i, rewards in enumerate(episodes):
         for t in range(reach + 1, len(rewards) - reach):
             rows.append([*rewards[t - reach:t], *rewards[t + 1:t + 1 + reach], 1.0])
             targets.append(rewards[t])

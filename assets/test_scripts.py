@@ -124,7 +124,7 @@ def test_the_learning_curve_counts_environment_steps(tmp_path):
     # the second line of a round stands for all of it
     log = [{"phase": "collect", "round": r, "return_mean": x} for r, x in ((0, 9), (0, 1), (1, 2))]
     log.append({"phase": "agent", "round": 1, "reward": 0.5})
-    curve = report.learning_curve(tmp_path, settings, log, final=3)
+    curve = report.learning_curve(report.read_rewards(tmp_path), settings, log, final=3)
     assert curve == ([4.0, 5.0, 5.0], [1, 2, 3])
 
 
@@ -151,7 +151,7 @@ def test_a_pipe_among_the_episodes_is_not_waited_for(copied, assets, capsys):
 
 def test_episodes_too_short_for_neighbours_have_no_correlation_with_them(tmp_path):
     write_episodes(tmp_path / "data", [9] * 3)
-    assert math.isnan(report.neighbour_correlation(tmp_path))
+    assert math.isnan(report.neighbour_correlation(report.read_rewards(tmp_path)))
 
 
 @pytest.mark.parametrize("text", [None, "policy,return\nreturn,1\n"])
