@@ -985,49 +985,6 @@ def test_the_first_rollouts_of_a_round_train_the_value_and_not_the_policy(copied
     assert changed == {"value"}
 
 
-def test_with_replay_value_the_value_also_learns_from_what_really_came(copied, monkeypatch):
-    sample, observe, drawn, seen, given = train.Data.sample, Dream.observe, [], [], []
-
-    def sample_and_note(*args):
-        drawn.append(sample(*args))
-        return drawn[-1]
-
-    def observe_and_note(self, z, actions):
-        seen.append((z, actions, observe(self, z, actions)))
-        return seen[-1][-1]
-
-    def forward_and_note(self, rollout, policy_weight, real, forward=train.Imagination.forward):
-        given.append((rollout, real, seen[-1]))
-        return forward(self, rollout, policy_weight, real)
-
-    run = load_run(copied)
-    run.round, run.cfg.replay_value, run.cfg.imagination_steps = 2, 0.5, 1
-    train.train_agent(run)
-    monkeypatch.setattr(train.Data, "sample", sample_and_note)
-    monkeypatch.setattr(Dream, "observe", observe_and_note)
-    monkeypatch.setattr(train.Imagination, "forward", forward_and_note)
-    train.train_imagination(run)
-    # h_t acts; what it did and what it brought came with frame t + 1
-    rollout, real, (z, actions, h) = given[-1]
-    batch = {name: torch.as_tensor(x) for name, x in drawn[-1].items()}
-    assert torch.equal(z, batch["latents"].float()) and torch.equal(actions, batch["actions"])
-    assert torch.equal(real["h"], h.float()) and h.shape[1] == run.cfg.long_length
-    for name in ("actions", "rewards", "continues"):
-        assert torch.equal(real[name], batch[name][:, 1:])
-    # the policy does not: it did not choose those actions
-    _, agent, _ = load_run(copied).load_agent(copied / "agent.pt")
-    model, losses, gradients = train.Imagination(agent, 0.5), [], []
-    for given_real in (None, real):
-        model.zero_grad()
-        loss, _ = model(rollout, 1.0, given_real)
-        loss.backward()
-        gradients.append([p.grad.clone() for p in model.policy_head.parameters()])
-        losses.append(loss.item())
-    assert_close(*gradients)
-    value, _ = model.frozen[0].imagination_loss(real, model.frozen[1], 0.0)
-    assert losses[1] - losses[0] == pytest.approx(0.5 * value.item(), rel=1e-3)
-
-
 def test_the_cloned_policy_is_the_one_before_imagination(copied):
     _, agent, cloned = load_run(copied).load_agent(copied / "agent.pt")
     state = load(copied, "agent.pt")

@@ -85,7 +85,6 @@ class TrainConfig(Config):
     horizon: int = 16               # imagined frames, H
     updates: int = 4                # gradient steps on every batch of rollouts
     value_steps: int = 30           # first batches of a round, which train the value head only
-    replay_value: float = 0.0       # weight of the value loss on real sequences (Dreamer 3)
     k: int = 4                      # denoising steps of a dreamed frame, K
     temperature: float = 1.0        # std of the noise dreams start from in the last round; rises
     tokenizer_lr: float = 1e-3      # peak rate of AdamW; matrices of the blocks: Muon with twice
@@ -103,8 +102,8 @@ class TrainConfig(Config):
         "long_length": (2, 10 ** 6), "envs": (1, 500), "memory_gb": (0, 1e6),
         # longer ones would be deaf to Ctrl-C for minutes
         "horizon": (1, 10 ** 4), "updates": (1, 1000),
-        "value_steps": (0, 10 ** 6), "replay_value": (0, 1e4), "temperature": (0, 100),
-        "warmup": (0, 10 ** 6), "save_seconds": (0, 1e9)}
+        "value_steps": (0, 10 ** 6), "temperature": (0, 100), "warmup": (0, 10 ** 6),
+        "save_seconds": (0, 1e9)}
 
     def __post_init__(self):
         super().__post_init__()
@@ -618,22 +617,16 @@ def train_agent(run):
 class Imagination(nn.Module):
     """The loss of phase 3 as the forward of a module that holds just what it trains, for DDP."""
 
-    def __init__(self, agent, replay_value=0.0):
+    def __init__(self, agent):
         super().__init__()
         # in a tuple: neither trained nor saved
-        self.frozen, self.replay_value = (agent, frozen(agent.policy_head)), replay_value
+        self.frozen = (agent, frozen(agent.policy_head))
         self.policy_head = agent.policy_head.requires_grad_(True)
         self.value_head = agent.value_head.requires_grad_(True)
 
-    def forward(self, rollout, policy_weight, real=None):
-        """real: what really happened, in the form of a rollout; it trains the value only."""
+    def forward(self, rollout, policy_weight):
         agent, prior = self.frozen
-        loss, metrics = agent.imagination_loss(rollout, prior, policy_weight)
-        if real is not None:
-            value, _ = agent.imagination_loss(real, prior, policy_weight=0.0)
-            loss = loss + self.replay_value * value
-            metrics["real_value"] = value.detach()
-        return loss, metrics
+        return agent.imagination_loss(rollout, prior, policy_weight)
 
 
 def train_imagination(run):
@@ -653,7 +646,7 @@ def train_imagination(run):
     begin = state.get("prior", state.get("heads", {}))
     agent.load_state_dict(begin, strict=False)
     agent = run.for_inference(agent)
-    model = Imagination(agent, cfg.replay_value)
+    model = Imagination(agent)
     # Loop loads the newest heads, those of a resumed phase; the prior, copied here, stays.
     extra = {"prior": begin, **{name: state[name] for name in ("tokenizer", "model", "ema")}}
     loop = Loop(run, "imagination", model, cfg.policy_lr, state, ("heads",), extra)
@@ -667,20 +660,10 @@ def train_imagination(run):
         torch.manual_seed(int(loop.rng.integers(2**31)) + run.rank)
         rollout = imagine(agent, batch["latents"].float(), batch["actions"], cfg.horizon, cfg.k,
                           temperature=temperature)
-        real = None
-        if cfg.replay_value:
-            # a dream ends before it shows whether the car gets out of the grass
-            batch = data.sample(loop.rng, max(cfg.rollouts // 4, run.world_size), cfg.long_length,
-                                ["latents", "actions", "rewards"], cfg.rewarded_share)
-            real = run.to_device(batch)
-            real["h"] = agent.dream().observe(real.pop("latents").float(), real["actions"]).float()
-            # what led to frame t and came with it is the rollout's step t - 1
-            for name in ("actions", "rewards", "continues"):
-                real[name] = real[name][:, 1:]
         for i in range(cfg.updates):
             # advantages mean something only when the value does
             policy_weight = float(step >= cfg.value_steps)
-            loss, metrics = loop.model_in_ddp(rollout, policy_weight, real)
+            loss, metrics = loop.model_in_ddp(rollout, policy_weight)
             # counted once, with the last of them
             frames = cfg.rollouts * cfg.horizon if i + 1 == cfg.updates else 0
             loop.update(loss, metrics, frames)
