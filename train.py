@@ -244,7 +244,7 @@ class AgentPolicy:
         self.cache = Cache()
         self.dream = self.agent.dream(generator=self.generator, k=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, frames, actions):
         z = self.tokenizer.encode(to_images(frames[:, None], self.device), cache=self.cache)
         led_here = torch.as_tensor(actions[:, None], device=self.device)

@@ -40,7 +40,7 @@ class Player:
         self.device = next(agent.parameters()).device
         self.tabs, self.rng = {}, np.random.default_rng()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def start(self, session=None):
         """A new dream from a random context, in the place of the session's old one."""
         now = time.time()
@@ -59,7 +59,7 @@ class Player:
         steps = [k for k in STEPS if k <= self.config.k_max]
         return self.show(tab, z) | {"session": name, "steps": steps}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, session, k, policy, x, y, digit=None):
         """The next frame, in k denoising steps. A KeyError says that the session is unknown.
 
