@@ -561,7 +561,8 @@ def test_imagination_dreams_with_the_latents_of_its_agent(copied):
     with np.load(folder / "0000000003.npz") as file:
         latents = file["latents"]
     frames = read_episodes(copied)[3]["frames"]
-    assert np.array_equal(latents, train.encode(frozen(tokenizer), frames))
+    # in the precision of this machine
+    assert np.array_equal(latents, train.encode(run.for_inference(tokenizer), frames))
 
 
 def test_in_a_round_beyond_the_last_dreams_are_as_noisy_as_in_the_last(copied, monkeypatch):
