@@ -1,11 +1,11 @@
 """The paper's claims at the scale of the cpu preset: variants of the dynamics of a finished run.
 
-    python assets/ablations.py runs/cpu --steps 300    # about an hour; assets/results/ablations.csv
-    python assets/ablations.py runs/cpu --steps 20     # a try
+    python assets/ablations.py runs/s1 --steps 300    # about an hour; assets/results/ablations.csv
+    python assets/ablations.py                        # what that file says, over the seeds in it
 
-Every variant trains from the same seed, on the same episodes and latents, for the same number of
-steps, and then dreams 16 frames open loop from 4 frames of held-out episodes. One seed each:
-differences of a few tenths of a decibel mean nothing.
+Every variant of a run trains from the same seed, on the same episodes and latents, for the same
+number of steps, and then dreams 16 frames open loop from 4 frames of held-out episodes. Runs differ
+in their data, so that only the differences within a run say something about a variant.
 """
 import csv
 import json
@@ -23,6 +23,7 @@ import train
 from assets.files import append_to, describe, fail, in_one_line, new_parser
 from assets.latents import encode_episodes
 from assets.measures import psnr
+from assets.report import mean_and_error, read_rows
 from assets.run import Run
 from assets.videos import decode, open_loop, random_windows
 
@@ -73,9 +74,13 @@ VARIANTS = {
     "actions on 20 % of the episodes": (SHORTCUT, {}, None, 0.2, (4,)),
 }
 
+REFERENCE = "as in the preset"
+# what a variant is compared with, where that is not the preset
+REFERENCES = {"the same without masking": "a tokenizer of one round"}
 
 COLUMNS = ("variant", "steps", "K", "psnr", "psnr_other_actions", "copy_psnr", "std_ratio",
            "minutes", "seed")
+SUMMARIZED = ("psnr", "psnr_other_actions", "copy_psnr", "std_ratio")
 
 
 class AblationRun(Run):
@@ -159,14 +164,26 @@ def measure(run, data, name, steps, folder):
                "minutes": round(minutes, 1), "seed": run.seed}
 
 
-@in_one_line()
-def main(arguments=None):
-    parser = new_parser(__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of every variant")
-    parser.add_argument("--only", default="", help="variants whose name holds this text")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/ablations.csv")
-    args = parser.parse_args(arguments)
+def summarize(rows):
+    """Prints means over the seeds, and differences to the reference, paired by seed."""
+    groups = {}
+    if not rows:
+        raise ValueError("no row")
+    for row in rows:
+        group = groups.setdefault((row["variant"], row["steps"], row["K"]), {})
+        group[row["seed"]] = {name: float(row[name]) for name in SUMMARIZED}
+    print("| variant | steps | K | seeds | difference, dB | " + " | ".join(SUMMARIZED) + " |")
+    print("| --- " * (5 + len(SUMMARIZED)) + "|")
+    for (name, steps, k), seeds in groups.items():
+        reference = groups.get((REFERENCES.get(name, REFERENCE), steps, k), {})
+        paired = [seeds[x]["psnr"] - reference[x]["psnr"] for x in seeds if x in reference]
+        difference = "{:+.2f} ± {:.2f}".format(*mean_and_error(paired)) if paired else "–"
+        means = [f"{np.mean([x[name] for x in seeds.values()]):.2f}" for name in SUMMARIZED]
+        print("|", " | ".join([name, steps, k, str(len(seeds)), difference, *means]), "|")
+
+
+def add_rows(args):
+    """Trains the variants of args.run and adds their figures to args.out."""
     names = [name for name in VARIANTS if args.only in name]
     if not names:
         fail(f"--only {args.only}: no variant is called so; there are: {', '.join(VARIANTS)}")
@@ -196,6 +213,23 @@ def main(arguments=None):
                 print(row, flush=True)
                 writer.writerow(row)
                 file.flush()
+
+
+@in_one_line()
+def main(arguments=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of every variant")
+    parser.add_argument("--only", default="", help="variants whose name holds this text")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/ablations.csv")
+    args = parser.parse_args(arguments)
+    if args.run:
+        add_rows(args)
+    try:
+        summarize(read_rows(args.out))
+    except (KeyError, ValueError) as error:
+        fail(f"--out {args.out} holds no table of ablations ({describe(error)}); give the folder "
+             "of a finished run, which adds to it")
 
 
 if __name__ == "__main__":

@@ -260,6 +260,31 @@ def test_ablations_want_episodes_that_a_dream_can_go_on_from(finished, tmp_path,
     error(capsys, lambda: next(rows), finished / "data", "too short")
 
 
+def test_ablations_compare_variants_within_a_seed(tmp_path, capsys):
+    table = tmp_path / "x.csv"
+    header = "variant,steps,K,psnr,psnr_other_actions,copy_psnr,std_ratio,minutes,seed\n"
+    psnrs = [("as in the preset", 4, 20, 1), ("as in the preset", 4, 30, 2),
+             ("no ramp weight", 4, 21, 1), ("no ramp weight", 4, 33, 2),
+             ("a tokenizer of one round", 4, 10, 1), ("the same without masking", 4, 8, 1),
+             ("diffusion forcing", 8, 25, 1)]
+    table.write_text(header + "".join(
+        f"{name},300,{k},{psnr},9,7,1,1,{seed}\n" for name, k, psnr, seed in psnrs))
+    ablations.main(["--out", str(table)])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:6] for row in rows] == [
+        ["as in the preset", "300", "4", "2", "+0.00 ± 0.00", "25.00"],
+        # 1 and 3 more
+        ["no ramp weight", "300", "4", "2", "+2.00 ± 1.00", "27.00"],
+        ["a tokenizer of one round", "300", "4", "1", "-10.00 ± nan", "10.00"],
+        ["the same without masking", "300", "4", "1", "-2.00 ± nan", "8.00"],
+        ["diffusion forcing", "300", "8", "1", "–", "25.00"]]
+    for text in (None, "", "a,b\n1,2\n", header + "x,300,4,y,9,7,1,1,1\n"):
+        table.unlink(missing_ok=True)
+        if text is not None:
+            table.write_text(text)
+        refused(capsys, ablations, "--out", table, words=[table, "no table"])
+
+
 def test_ablations_are_not_added_to_another_table(copied, tmp_path, capsys):
     table = tmp_path / "x.csv"
     arguments = (copied, "--steps", 1, "--only", "ramp", "--out", table)
