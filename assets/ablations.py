@@ -80,7 +80,7 @@ REFERENCES = {"the same without masking": "a tokenizer of one round"}
 
 COLUMNS = ("variant", "steps", "K", "psnr", "psnr_other_actions", "copy_psnr", "std_ratio",
            "minutes", "seed")
-SUMMARIZED = ("psnr", "psnr_other_actions", "copy_psnr", "std_ratio")
+SUMMARIZED = COLUMNS[3:7]
 
 
 class AblationRun(Run):
@@ -166,9 +166,9 @@ def measure(run, data, name, steps, folder):
 
 def summarize(rows):
     """Prints means over the seeds, and differences to the reference, paired by seed."""
-    groups = {}
     if not rows:
         raise ValueError("no row")
+    groups = {}
     for row in rows:
         group = groups.setdefault((row["variant"], row["steps"], row["K"]), {})
         group[row["seed"]] = {name: float(row[name]) for name in SUMMARIZED}
