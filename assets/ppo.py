@@ -22,12 +22,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from assets.files import fail, in_one_line, new_parser
-from assets.report import PPO_TABLE, mean_and_error
+from assets.report import FRAMES, PPO_TABLE, mean_and_error
 
 COLUMNS = ("seed", "frames", "minutes", "what", "episodes", "return_mean", "return_se",
            "return_median")
-# What `--preset cpu` plays: 160 + 3 * 60 episodes of 250 frames
-FRAMES = 85_000
 
 
 def evaluate(model, make, cfg, seed, deterministic):

@@ -21,6 +21,8 @@ from assets.measures import correlation
 ASSETS = Path(__file__).parent
 EPISODES = ASSETS / "results/episodes.csv"
 PPO_TABLE = ASSETS / "results/ppo.csv"
+# What `--preset cpu` plays: 160 + 3 * 60 episodes of 250 frames
+FRAMES = 85_000
 DRIVE = ("policy", "seed", "return", "length")
 POLICIES = {"random": "random actions", "bc": "behaviour cloning", "return": "trained in dreams"}
 COLORS = {"random": "#9aa0a6", "bc": "#e0a030", "return": "#2a6fbb"}
@@ -197,15 +199,23 @@ def write_figure(name, figure, **options):
 
 
 def ppo_curves():
-    """Of every seed of PPO: thousands of environment steps, the return of its last 40 episodes."""
+    """Of every seed of PPO: agent frames, the return of its last 40 episodes."""
     rows = [row for row in read_rows(PPO_TABLE) if row["what"] == "while training"]
     curves = []
     for seed in sorted({row["seed"] for row in rows}):
         own = [row for row in rows if row["seed"] == seed]
-        # it repeats its actions four times, too
-        curves.append(([4 * int(row["frames"]) / 1000 for row in own],
+        curves.append(([int(row["frames"]) for row in own],
                        [float(row["return_mean"]) for row in own]))
     return curves
+
+
+def ppo_after(count):
+    """The returns of ppo_curves() of the seeds that got so far, once they had seen `count` frames.
+
+    While it trains it samples its actions, as ours are sampled.
+    """
+    later = [[value for frames, value in zip(*curve) if frames >= count] for curve in ppo_curves()]
+    return [values[0] for values in later if values]
 
 
 def returns_figure(runs):
@@ -221,10 +231,8 @@ def returns_figure(runs):
             mean, error = mean_and_error(values)
             axis.errorbar(x, mean, 1.96 * error, fmt="o", color=color, ms=6, capsize=4,
                           label=POLICIES[policy] if i == 0 else None)
-    # at the end of training it samples its actions, as ours are sampled
-    ppo = [values[-1] for _, values in ppo_curves()]
     for y, text in ((343, "DQN"), (429, "PPO, 4 M steps"), (906, "World Models"),
-                    (np.mean(ppo), "PPO, 0.34 M steps")):
+                    (np.mean(ppo_after(FRAMES)), "PPO, 0.34 M steps")):
         axis.axhline(y, color="#bbbbbb", lw=0.8, ls="--", zorder=0)
         axis.text(-0.49, y + 8, text, fontsize=7, color="#777777")
     axis.set_xticks(range(len(runs)), [f"seed {run['seed']}" for run in runs])
@@ -248,8 +256,10 @@ def curves_figure(runs):
     axis = axes.flat[-1]
     for run, color in zip(runs, itertools.cycle(SEEDS)):
         axis.plot(*run["learning"], "o-", color=color, lw=1.1, ms=4)
-    for i, learning in enumerate(ppo_curves()):
-        axis.plot(*learning, color="#9aa0a6", lw=1.1, label=None if i else "PPO")
+    for i, (frames, values) in enumerate(ppo_curves()):
+        # it repeats its actions four times, too
+        steps = [4 * x / 1000 for x in frames]
+        axis.plot(steps, values, color="#9aa0a6", lw=1.1, label=None if i else "PPO")
     axis.legend(frameon=False, fontsize=8)
     axis.set_title("real return: while learning, final", fontsize=9)
     axis.set_xlabel("thousand environment steps", fontsize=8)
@@ -291,6 +301,9 @@ def main(arguments=None):
         fail(f"{EPISODES} is missing or damaged ({describe(error)}); give the folders of finished "
              "runs, which write it anew")
     drives(values)
+    ppo = ppo_after(FRAMES)
+    print("\nPPO after as many frames, its last 40 episodes: {:.0f} ± {:.0f} over {} seeds".format(
+        *mean_and_error(ppo), len(ppo)))
 
 
 if __name__ == "__main__":

@@ -128,6 +128,16 @@ def test_the_learning_curve_counts_environment_steps(tmp_path):
     assert curve == ([4.0, 5.0, 5.0], [1, 2, 3])
 
 
+def test_ppo_is_looked_up_after_as_many_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PPO_TABLE", tmp_path / "ppo.csv")
+    rows = ["0,100,while training,1", "0,200,while training,2", "0,300,while training,3",
+            "0,300,evaluation,9", "1,100,while training,4"]
+    report.PPO_TABLE.write_text("\n".join(["seed,frames,what,return_mean", *rows]))
+    assert report.ppo_curves() == [([100, 200, 300], [1, 2, 3]), ([100], [4])]
+    # the second seed has not come so far
+    assert report.ppo_after(100) == [1, 4] and report.ppo_after(150) == [2]
+
+
 @pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", '{"a": "b"}', '{"seed": "$"}'])
 @pytest.mark.parametrize("name", ["config.json", "eval.json", "episodes.csv", "metrics.jsonl"])
 def test_a_run_with_a_missing_or_broken_file_is_named(copied, assets, capsys, name, text):
