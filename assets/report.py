@@ -260,6 +260,8 @@ def curves_figure(runs):
         # it repeats its actions four times, too
         steps = [4 * x / 1000 for x in frames]
         axis.plot(steps, values, color="#9aa0a6", lw=1.1, label=None if i else "PPO")
+    # PPO may have gone on for much longer
+    axis.set_xlim(0, 2 * max(run["learning"][0][-1] for run in runs))
     axis.legend(frameon=False, fontsize=8)
     axis.set_title("real return: while learning, final", fontsize=9)
     axis.set_xlabel("thousand environment steps", fontsize=8)
