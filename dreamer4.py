@@ -16,19 +16,19 @@ The token block of frame t, in the dynamics (time runs across blocks, one block 
 Time: block t carries a_{t-1}; r_t and c_t belong to ARRIVING at frame t; h_t chooses a_t.
 Shapes: B batch, T time, S tokens per frame, D width, P patches, N latent tokens, Z channels of a
 latent token, A action components, K denoising steps, C context frames, H horizon, L multi-token
-distances. Inside attention only: N sequences, H query heads, G key heads, L queries, U keys,
-E channels of a head. Signal level τ: 0 is pure noise z0, 1 the clean latents z1, z̃ lies between,
-ẑ1 is the prediction of z1: these subscripts are levels, not frames. Step size d: 1/K.
+distances. Inside attention: R sequences, J query heads, G key heads, Q queries, U keys, E channels
+of a head. Signal level τ: 0 is pure noise z0, 1 the clean latents z1, z̃ lies between, ẑ1 is the
+prediction of z1: these subscripts are levels, not frames. Step size d: 1/K.
 
     eq. 4   sample_signal_and_step        eq. 9   Agent.forward (multi_token_targets)
     eq. 5   Tokenizer.forward             eq. 10  lambda_returns
     eq. 6   corrupt                       eq. 11  pmpo_loss
-    eq. 7   shortcut_forcing_loss         Alg. 1, phase 3   imagine
+    eq. 7   Dynamics.loss                 Alg. 1, phase 3   imagine
     eq. 8   ramp_weight                   sampling          generate, Dream
 
 Deliberate deviations from the paper, each with its reason:
 - RoPE over time only, learned embeddings over the tokens of a frame: the simplest that streams.
-- No attention soft cap by default (QK-norm alone was stable); `softcap` turns it on.
+- No soft cap of attention logits: QK-norm alone was stable.
 - Perceptual loss is an optional callable: LPIPS needs pretrained weights.
 - Every `shortcut_every`-th sequence trains the bootstrap, the others train d_min: 30 % less compute
   for nearly the same shortcut (as in shortcut models, where a quarter of the batch bootstraps).
@@ -81,7 +81,6 @@ class Config:
     separate_images: float = 0.3  # share of sequences treated as images without a past (paper)
     context_signal: float = 0.9   # signal level of past frames in use: 10 % noise (paper)
     context_share: float = 0.75   # share of training frames at context_signal (ours; paper: 0)
-    softcap: float = 0.0          # soft cap of attention logits, 0 = off (paper: on)
     checkpointing: bool = False   # recompute activations in the backward pass: slower, less memory
     # agent (section 3.3)
     tasks: int = 1                # task embeddings (ours: one task)
@@ -92,31 +91,23 @@ class Config:
     gamma: float = 0.997          # discount (paper)
     lam: float = 0.95             # λ of the returns (Dreamer 3; the paper gives none)
     alpha: float = 0.5            # PMPO: weight of the good set (paper)
-    beta: float = 0.3             # PMPO: weight of the KL to the cloned prior (paper)
-    # Ranges that differ from those in range_of, ends included. No field: it has no annotation.
-    ranges = {"registers": (0, 100), "bins": (2, 10 ** 6), "softcap": (0, 1e4), "beta": (0, 1e4),
-              "depth": (1, 1000), "tokenizer_depth": (1, 1000), "image_size": (1, 4096)}
+    beta: float = 0.3             # PMPO: weight of the KL to the prior policy (paper)
 
-    @classmethod
-    def range_of(cls, field):
-        """Smallest and largest value of a number or of a tuple's entries; None for other fields."""
-        usual = {float: (0, 1), bool: None, str: None}.get(field.type, (1, 10 ** 6))
-        return cls.ranges.get(field.name, usual)
-
-    def __post_init__(self):
+    def __post_init__(self, unbounded=("beta",)):
         # A checkpoint or a command line may bring lists.
         self.image_size, self.action_spec = tuple(self.image_size), tuple(self.action_spec)
-        for field in fields(self):
-            value, bounds = getattr(self, field.name), self.range_of(field)
-            kinds = (int, field.type) if bounds else (field.type,)
-            for x in value if isinstance(value, tuple) else (value,):
-                # NaN lies nowhere
-                if type(x) not in kinds or bounds and not bounds[0] <= x <= bounds[1]:
-                    wanted = "from {} to {}".format(*bounds) if bounds else field.type.__name__
-                    raise ValueError(f"config: {field.name} is {x!r}, but must be {wanted}")
+        # Counts are at least 1 (0 if that is the default); shares, discounts, rates in [0, 1].
+        for field in [field for field in fields(self) if field.type not in (bool, str)]:
+            value, is_share = getattr(self, field.name), field.type is float
+            low = 0 if is_share or field.default == 0 else 1
+            high = 1 if is_share and field.name not in unbounded else math.inf
+            # NaN lies nowhere.
+            if not all(low <= x <= high for x in torch.tensor(value).flatten().tolist()):
+                raise ValueError(f"config: {field.name} is {value}, must be in {low} ... {high}")
         for ok, what in [
             (len(self.image_size) == 2, "image_size must be height and width"),
             (self.action_spec, "action_spec must list category counts"),
+            (self.bins > 1, "bins must be at least 2"),
             (self.k_max & (self.k_max - 1) == 0, "k_max must be a power of two"),
             (self.depth >= self.time_every, "depth must be at least time_every, for a time layer"),
             (self.latents % self.pack == 0, "latents must be a multiple of pack"),
@@ -167,31 +158,29 @@ def attention_masks(groups, query_pos, key_pos, context):
     counts = torch.tensor([count for _, count in groups])
     space = table.repeat_interleave(counts, 0).repeat_interleave(counts, 1)  # (S, S)
     space = space.to(query_pos.device, non_blocking=True)
-    # Frame t sees the C frames t-C+1 ... t, at its own token position.
+    # Frame t sees the C frames t-C+1 ... t, at its own token position; none is before frame 0.
     age = query_pos[:, None] - key_pos[None, :]  # (T, U)
-    return space, (age >= 0) & (age < context)
+    return space, (age >= 0) & (age < context) & (key_pos >= 0)
 
 
-def attend(q, k, v, mask=None, softcap=0.0):
-    """Grouped queries: q (N, H, L, E), k, v (N, G, U, E), mask (L, U) or (N, 1, L, U) -> as q."""
-    N, H, L, E = q.shape
+def attend(q, k, v, mask=None):
+    """Grouped queries: q (R, J, Q, E), k, v (R, G, U, E), mask (Q, U) or (R, 1, Q, U) -> as q."""
+    R, J, Q, E = q.shape
     G = k.shape[1]
     # Queries that share a key are stacked as rows: PyTorch's own grouped queries, together with a
     # mask, would leave the fused kernels, and hold all scores in float32.
-    q = q.reshape(N, G, H // G * L, E)
+    q = q.reshape(R, G, J // G * Q, E)
     if mask is not None:
-        mask = torch.cat([mask] * (H // G), -2)
-    # Two forms of the same function: the fused kernel on GPUs, which knows no soft cap, and plain
-    # matrix products on CPUs: there, forward and backward in bfloat16, it takes four times as long.
-    if q.is_cuda and not softcap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(N, H, L, E)
-    scores = (q * E ** -0.5) @ k.mT  # (N, G, H/G L, U)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        mask = torch.cat([mask] * (J // G), -2)
+    # Two forms of the same function: the fused kernel on GPUs, plain matrix products on CPUs, where
+    # that kernel takes four times as long, forward and backward in bfloat16.
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(R, J, Q, E)
+    scores = (q * E ** -0.5) @ k.mT  # (R, G, J/G Q, U)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     # On CPU and CUDA, softmax over bfloat16 keeps its maximum and sum in float32.
-    return (scores.softmax(-1) @ v).view(N, H, L, E)
+    return (scores.softmax(-1) @ v).view(R, J, Q, E)
 
 
 class RMSNorm(nn.Module):
@@ -209,10 +198,9 @@ class RMSNorm(nn.Module):
 
 class Block(nn.Module):
     """One layer: attention over space or time, then SwiGLU, each pre-normalized and residual."""
-    def __init__(self, width, heads, kv_heads, over_time, softcap=0.0):
+    def __init__(self, width, heads, kv_heads, over_time):
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
-        self.over_time, self.softcap = over_time, softcap
+        self.heads, self.kv_heads, self.over_time = heads, kv_heads, over_time
         head_dim = width // heads
         # SwiGLU has three matrices instead of two: a factor of 8/3 instead of 4 keeps their size.
         hidden = math.ceil(width * 8 / 3 / 32) * 32
@@ -224,97 +212,90 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x, mask, pos=None, past=None, unread=0):
-        """x (B, T, S, D) -> the same shape, and for time layers keys and values (B, S, G, U, E).
-        unread: how many tokens, a frame's first, get no output; in space layers they are seen."""
-        if self.over_time:
-            x = x[:, :, unread:]
+    def forward(self, x, mask, pos=None, ring=None):
+        """x (B, T, S, D) -> the same shape; mask, for space layers (S, S) or None, for time layers
+        (T, U) or (B, 1, T, U); pos (T,): frame indices; ring: of a Cache, which takes in x."""
         B, T, S, D = x.shape
         # Linear layers see contiguous (B, T, S, D). Attention runs over the axis before the last:
         # frames (one sequence per token position) or tokens (one sequence per frame).
         qkv = self.qkv(self.norm1(x)).view(B, T, S, -1, D // self.heads)
         qkv = qkv.permute((0, 2, 3, 1, 4) if self.over_time else (0, 1, 3, 2, 4))
-        # (N, H + 2 G, L, E), split into (N, H, L, E) and twice (N, G, L, E)
+        # (R, J + 2 G, Q, E), split into (R, J, Q, E) and twice (R, G, Q, E)
         q, k, v = qkv.flatten(0, 1).split((self.heads, self.kv_heads, self.kv_heads), 1)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.over_time:
             q, k = rope(q, pos), rope(k, pos)
             # A mask with a batch axis (B, 1, T, U) holds for all S tokens of its sequence.
             mask = mask if mask.dim() == 2 else mask.repeat_interleave(S, 0)
-        else:
-            x, q = x[:, :, unread:], q[:, :, unread:]
-            mask = None if mask is None else mask[unread:]
-        if past is not None:
-            # A pass without the agent token leaves out its cached keys, the last of a frame.
-            past_k, past_v = past
-            k = torch.cat((past_k[:, :S].flatten(0, 1), k), 2)
-            v = torch.cat((past_v[:, :S].flatten(0, 1), v), 2)
-        y = attend(q, k, v, mask, self.softcap).unflatten(0, (B, -1))
+        if ring is not None:
+            # The past, then what is new, whose last C frames go into their slots.
+            C, new = ring.shape[-2], torch.stack((k, v))  # (2, R, G, T, E)
+            k, v = torch.cat((ring.flatten(1, 2), new), 3)  # (R, G, U, E) each
+            ring[..., pos[-C:] % C, :] = new[..., -C:, :].unflatten(1, (B, S)).detach()
+        y = attend(q, k, v, mask).unflatten(0, (B, -1))
         y = y.permute((0, 3, 1, 2, 4) if self.over_time else (0, 1, 3, 2, 4))
         x = x + self.attn_out(y.flatten(-2))
         gate, value = self.mlp_in(self.norm2(x)).chunk(2, -1)
-        x = x + self.mlp_out(F.silu(gate) * value)
-        seen = (k.unflatten(0, (B, S)), v.unflatten(0, (B, S))) if self.over_time else None
-        return x, seen
+        return x + self.mlp_out(F.silu(gate) * value)
 
 
 class Cache:
-    """KV cache of a stream: of every time layer the keys and values of the last C frames, twice
-    (B, S, G, U, E); and the number of all frames that went in."""
+    """KV cache of one stream through one transformer. layers: for every time layer a ring of the
+    keys and values of the last C frames, (2, B, S, G, C, E), where frame t lies in slot t modulo C.
+    frames: how many are finished; who calls the transformer counts them. A pass over one more frame
+    writes its slot, which the next pass over it, less noisy, overwrites."""
     def __init__(self):
         self.frames, self.layers = 0, {}
 
 
 class Transformer(nn.Module):
     """Space layers and, every `time_every` layers, a causal banded time layer (section 3.4)."""
-    def __init__(self, width, depth, heads, kv_heads, groups, context, config):
+    def __init__(self, width, depth, heads, kv_heads, context, config):
         super().__init__()
-        self.groups, self.context, self.checkpointing = groups, context, config.checkpointing
+        self.context, self.checkpointing = context, config.checkpointing
         self.blocks = nn.ModuleList()
         for i in range(depth):
             over_time = i % config.time_every == config.time_every - 1
-            self.blocks.append(Block(width, heads, kv_heads, over_time, config.softcap))
+            self.blocks.append(Block(width, heads, kv_heads, over_time))
         for block in self.blocks:
             for layer in (block.qkv, block.mlp_in):
                 nn.init.normal_(layer.weight, std=width ** -0.5)
-            # The 2 depth residual branches start small: their variances sum to 1.
+            # All 2 * depth residual branches start small: their variances sum to 1.
             for layer in (block.attn_out, block.mlp_out):
                 nn.init.normal_(layer.weight, std=(2 * depth * layer.in_features) ** -0.5)
 
-    def forward(self, x, cache=None, write=False, separate=None):
-        """x (B, T, S, D) -> the same without the first group of tokens. cache: the
-        stream that the frames of x continue (None: they start one); write: they join it, as
-        half-denoised frames must not. separate (B,) bool: sequences whose frames see no past."""
+    def forward(self, x, groups, unread=0, cache=None, separate=None):
+        """x (B, T, S, D) -> the same without the first `unread` tokens of every frame.
+        groups: as in attention_masks; cache: the stream that the frames of x continue (None: they
+        start one); separate (B,) bool: sequences whose frames see no past."""
         B, T, S, D = x.shape
-        start = 0 if cache is None else cache.frames
-        query_pos = torch.arange(start, start + T, device=x.device)
-        # The keys are those of the frames that the cache has kept, and of x.
-        key_pos = torch.arange(max(0, start - self.context), start + T, device=x.device)
-        # x may come without the agent token, the last of a frame.
-        whole = S == sum(count for _, count in self.groups)
-        groups = self.groups if whole else self.groups[:-1]
-        space, time = attention_masks(groups, query_pos, key_pos, self.context)
+        start, C = 0 if cache is None else cache.frames, self.context
+        query_pos = key_pos = torch.arange(start, start + T, device=x.device)
+        if cache is not None:
+            # The last frame before `start` in every slot; negative: none yet.
+            slots = torch.arange(C, device=x.device)
+            key_pos = torch.cat((start - 1 - (start - 1 - slots) % C, query_pos))
+        space, time = attention_masks(groups, query_pos, key_pos, C)
         # Where every token sees every token, attention is faster without a mask.
-        space = None if len({name for name, _ in groups}) == 1 else space
+        space = None if len(groups) == 1 else space
         if separate is not None:
             alone = torch.eye(T, dtype=torch.bool, device=x.device)
             time = torch.where(separate[:, None, None, None], alone, time)  # (B, 1, T, T)
         for i, block in enumerate(self.blocks):
-            past = None if cache is None else cache.layers.get(i)
-            # After the last layer nobody reads the first group of tokens.
-            unread = groups[0][1] if i == len(self.blocks) - 1 else 0
-            mask = time if block.over_time else space
-            arguments = (x, mask, query_pos, past, unread)
+            if block is self.blocks[-1] and block.over_time:
+                # Over time, tokens do not mix: the last layer can leave out what nobody reads.
+                x, unread = x[:, :, unread:], 0
+            ring = None
+            if cache is not None and block.over_time:
+                size = (2, B, x.shape[2], block.kv_heads, C, D // block.heads)
+                # A pass without the agent token, the last of a frame, leaves out its slots.
+                ring = cache.layers.setdefault(i, x.new_zeros(size))[:, :, :x.shape[2]]
+            arguments = (x, time if block.over_time else space, query_pos, ring)
             if self.checkpointing and torch.is_grad_enabled():
-                x, seen = torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x, seen = block(*arguments)
-            if cache is not None and write and block.over_time:
-                # The oldest frames are evicted: no later query may see them.
-                cache.layers[i] = tuple(part[..., -self.context:, :] for part in seen)
-        if cache is not None and write:
-            cache.frames += T
-        return x
+                x = block(*arguments)
+        return x[:, :, unread:]
 
 
 def learned_embedding(*shape):
@@ -339,6 +320,10 @@ class LossNorm(nn.Module):
             self.register_buffer(name, torch.zeros(()))
         # The averages start at 0: this is the bias correction of Adam, 1 - decay^n.
         self.register_buffer("weight", torch.zeros(()))
+
+    def _apply(self, fn, recurse=True):
+        # Running averages go where the model goes, but stay in float32.
+        return super()._apply(lambda x: fn(x) if x.is_meta else x.to(fn(x).device), recurse)
 
     def forward(self, losses, weights={}):
         """Scalar from losses: name -> scalar, weights: name -> factor after the division (or 1)."""
@@ -372,9 +357,8 @@ class Tokenizer(nn.Module):
         self.latent_tokens = learned_embedding(N, D)
         self.queries, self.latent_pos = learned_embedding(P, D), learned_embedding(N, D)
         heads, context = config.tokenizer_heads, config.tokenizer_context
-        size = (D, config.tokenizer_depth, heads, heads)
-        self.encoder = Transformer(*size, (("patch", P), ("latent", N)), context, config)
-        self.decoder = Transformer(*size, (("latent", N), ("query", P)), context, config)
+        size = (D, config.tokenizer_depth, heads, heads, context, config)
+        self.encoder, self.decoder = Transformer(*size), Transformer(*size)
         # Without the norm before the bottleneck, tanh saturates.
         self.to_latent = nn.Sequential(RMSNorm(D), linear(D, config.latent_channels))
         self.from_latent, self.out_norm = linear(config.latent_channels, D), RMSNorm(D)
@@ -408,14 +392,20 @@ class Tokenizer(nn.Module):
         """images (B, T, 3, H, W) in [0, 1] -> latents (B, T, N, Z) in (-1, 1), float32.
         mask (B, T, P) bool: patches replaced by the learned mask embedding, in training only;
         cache: the stream that the frames continue."""
-        B, T = images.shape[:2]
+        (B, T), P, N = images.shape[:2], len(self.patch_pos), len(self.latent_tokens)
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floats in [0, 1], not {images.dtype}")
         images = images.to(self.mask_token.dtype) * 2 - 1
         x = self.patch_in(self.patchify(images))  # (B, T, P, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = x + self.patch_pos.to(x.dtype)
         latents = self.latent_tokens.to(x.dtype).expand(B, T, -1, -1)
-        x = self.encoder(torch.cat((x, latents), 2), cache, write=True)  # (B, T, N, D)
+        x = torch.cat((x, latents), 2)
+        groups = (("patch", P), ("latent", N))
+        x = self.encoder(x, groups, unread=P, cache=cache)  # (B, T, N, D)
+        if cache is not None:
+            cache.frames += T
         return torch.tanh(self.to_latent(x).float())
 
     def reconstruct(self, latents, cache=None):
@@ -424,7 +414,11 @@ class Tokenizer(nn.Module):
         x = self.from_latent(latents.to(self.mask_token.dtype))  # (B, T, N, D)
         x = x + self.latent_pos.to(x.dtype)
         queries = self.queries.to(x.dtype).expand(B, T, -1, -1)
-        x = self.decoder(torch.cat((x, queries), 2), cache, write=True)  # (B, T, P, D)
+        x = torch.cat((x, queries), 2)
+        groups = (("latent", N), ("query", len(self.queries)))
+        x = self.decoder(x, groups, unread=N, cache=cache)  # (B, T, P, D)
+        if cache is not None:
+            cache.frames += T
         patches = self.patch_out(self.out_norm(x)).float()
         return self.unpatchify((patches + 1) / 2)
 
@@ -432,11 +426,15 @@ class Tokenizer(nn.Module):
         """latents (B, T, N, Z) -> images (B, T, 3, H, W) in [0, 1], float32."""
         return self.reconstruct(latents, cache).clamp(0, 1)
 
-    def forward(self, images, mask, perceptual=None):
+    def forward(self, images, mask, perceptual=None, valid=None):
         """Eq. 5: MSE over ALL patches + 0.2 perceptual, each RMS-normalized: (loss, metrics).
         images (B, T, 3, H, W) in [0, 1]; mask from draw(); perceptual: callable (reconstruction,
-        images), both (B T, 3, H, W), the reconstruction unclamped, -> scalar, for example LPIPS."""
+        images), both (B T, 3, H, W), the reconstruction unclamped, -> scalar, for example LPIPS;
+        valid (B, T) bool: False for padding, which costs nothing."""
         output = self.reconstruct(self.encode(images, mask))
+        if valid is not None:
+            # Black in both.
+            output, images = (x * valid[..., None, None, None] for x in (output, images))
         losses = {"mse": F.mse_loss(output, images)}
         if perceptual is not None:
             losses["perceptual"] = perceptual(output.flatten(0, 1), images.flatten(0, 1))
@@ -488,30 +486,6 @@ def bootstrap_target(denoise, z, tau, d, d_min):
     return z + left * (b1 + b2) / 2
 
 
-def shortcut_forcing_loss(denoise, half_step, z1, noise, tau, d, k_max, rows=slice(None)):
-    """Eq. 7 with x-prediction, ramp weight (eq. 8) and bootstrap. Returns (loss, metrics).
-    denoise(z̃, τ, d) -> ẑ1: the network on all sequences; half_step: the same on the sequences
-    `rows` alone, those in which d > d_min occurs: only they pay for the bootstrap.
-    z1 clean latents, noise ~ N(0, I) (B, T, N, Z); τ, d (B, T) from sample_signal_and_step."""
-    d_min = 1 / k_max
-    # 1. Noise every frame (eq. 6).
-    z = corrupt(z1, noise, tau)
-    # 2. The targets are the data, but where d > d_min the end of two half steps.
-    with torch.no_grad():
-        two_steps = bootstrap_target(half_step, z[rows], tau[rows], d[rows], d_min)
-        large = (d[rows] > d_min)[..., None, None]
-        target = z1.clone()
-        target[rows] = torch.where(large, two_steps, z1[rows])
-    # 3. Predict.
-    error = (denoise(z, tau, d) - target).square().mean((-2, -1))  # (B, T)
-    # 4. Weigh, the same for both terms.
-    loss = (ramp_weight(tau) * error).mean()
-    with torch.no_grad():
-        fine = (d <= d_min).float()
-        metrics = {"flow": weighted_mean(error, fine), "shortcut": weighted_mean(error, 1 - fine)}
-    return loss, metrics
-
-
 @torch.no_grad()
 def generate(denoise, z, k):
     """K Euler steps of size d = 1/K from noise z (B, T, N, Z) to data (section 3.2).
@@ -535,6 +509,7 @@ class Dynamics(nn.Module):
         # One lookup table for all action components: each begins at its offset.
         offsets = torch.tensor((0,) + config.action_spec[:-1]).cumsum(0)
         self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("sizes", torch.tensor(config.action_spec), persistent=False)
         self.action_table = nn.Embedding(sum(config.action_spec), D)
         # All that a frame without a known action gets.
         self.action_base = learned_embedding(D)
@@ -544,10 +519,8 @@ class Dynamics(nn.Module):
         self.latent_in = linear(packed_channels, D)
         self.latent_pos = learned_embedding(self.packed, D)
         self.registers = learned_embedding(config.registers, D)
-        # The tokens of a frame: action, signal and step, registers; latents; the agent.
-        groups = (("world", 2 + config.registers), ("world", self.packed), ("agent", 1))
         self.transformer = Transformer(
-            D, config.depth, config.heads, config.kv_heads, groups, config.context, config)
+            D, config.depth, config.heads, config.kv_heads, config.context, config)
         self.out_norm, self.latent_out = RMSNorm(D), linear(D, packed_channels)
         for table in (self.action_table, self.signal, self.step):
             nn.init.normal_(table.weight, std=0.5)
@@ -555,16 +528,17 @@ class Dynamics(nn.Module):
 
     def embed_actions(self, actions):
         """actions (B, T, A) int, -1 = unknown -> (B, T, D): sum of lookups + learned embedding."""
+        # Beyond its component, an index would read the next one's rows. Async: no wait for a GPU.
+        torch._assert_async((actions < self.sizes).all(), "an action is beyond the action_spec")
         rows = actions.clamp(min=0).long() + self.offsets
         lookups = self.action_table(rows) * (actions >= 0)[..., None]  # (B, T, A, D)
         return lookups.sum(-2) + self.action_base
 
-    def denoise(self, z, tau, d, actions, task_embedding=None, cache=None, write=False,
-                separate=None):
+    def denoise(self, z, tau, d, actions, task_embedding=None, cache=None, separate=None):
         """One pass over noisy latents. Returns ẑ1 (B, T, N, Z) float32, and h (B, T, D) or None.
         z (B, T, N, Z); τ, d (B, T) on the grids of eq. 4; actions (B, T, A): block t carries
         a_{t-1}; task_embedding (D,) or (B, D): puts the agent token into every block, h is its
-        output; cache, write, separate: as in Transformer.forward."""
+        output; cache, separate: as in Transformer.forward."""
         B, T, N, Z = z.shape
         signal = self.signal((tau * self.config.k_max).round().long())
         step = self.step((-torch.log2(d)).round().long())
@@ -573,15 +547,18 @@ class Dynamics(nn.Module):
         # bfloat16 under autocast: the residual stream stays in it.
         dtype = latents.dtype
         # The parts of the block, (B, T, tokens, D) each.
+        unread = 2 + len(self.registers)
+        groups = [("world", unread + self.packed)]
         parts = [
             self.embed_actions(actions)[:, :, None],
             torch.cat((signal, step), -1)[:, :, None],
             self.registers.expand(B, T, -1, -1),
             latents + self.latent_pos.to(dtype)]
         if task_embedding is not None:
+            groups.append(("agent", 1))
             parts.append(task_embedding.expand(B, -1)[:, None, None].expand(B, T, 1, -1))
         x = torch.cat([part.to(dtype) for part in parts], 2)  # (B, T, S, D)
-        x = self.transformer(x, cache, write, separate)
+        x = self.transformer(x, groups, unread, cache, separate)
         h = None if task_embedding is None else x[:, :, -1]
         z1 = self.latent_out(self.out_norm(x[:, :, :self.packed])).float()
         return z1.reshape(B, T, N, Z), h
@@ -604,31 +581,42 @@ class Dynamics(nn.Module):
             "noise": torch.randn(B, T, c.latents, c.latent_channels, device=device),
             "separate": separate}
 
-    def loss(self, z1, actions, draws, task_embedding=None):
-        """Eq. 7 on z1 (B, T, N, Z), actions (B, T, A): (loss, metrics), h (B, T, D) or None."""
-        # The sequences to which draw() gives larger steps than d_min.
-        rows = slice(None, None, self.config.shortcut_every)
-        separate = draws["separate"]
+    def loss(self, z1, actions, draws, task_embedding=None, valid=None):
+        """Eq. 7, shortcut forcing with x-prediction, on z1 (B, T, N, Z), actions (B, T, A); draws
+        from draw(); valid (B, T) bool: False for padding, which costs nothing, at the end of
+        sequences. Returns (loss, metrics), h (B, T, D) or None."""
+        tau, d, separate = draws["tau"], draws["d"], draws["separate"]
+        d_min, n = 1 / self.config.k_max, self.config.shortcut_every
         # An image has no action that led to it.
         actions = torch.where(separate[:, None, None], -1, actions)
-        h = None
+        # 1. Noise every frame (eq. 6).
+        z = corrupt(z1, draws["noise"], tau)
 
-        def denoise(z, tau, d):
-            nonlocal h
-            x, h = self.denoise(z, tau, d, actions, task_embedding, separate=separate)
-            return x
-
-        # Without the agent token: nothing sees it, so the targets are the same.
+        # 2. The targets are the data, but where d > d_min the end of two half steps. Only every
+        # n-th sequence has such frames; the agent token is left out, as nothing sees it.
         def half_step(z, tau, d):
-            return self.denoise(z, tau, d, actions[rows], separate=separate[rows])[0]
+            return self.denoise(z, tau, d, actions[::n], separate=separate[::n])[0]
 
-        loss = shortcut_forcing_loss(denoise, half_step, z1, draws["noise"], draws["tau"],
-                                     draws["d"], self.config.k_max, rows)
-        return loss, h
+        with torch.no_grad():
+            two_steps = bootstrap_target(half_step, z[::n], tau[::n], d[::n], d_min)
+            large = (d[::n] > d_min)[..., None, None]
+            target = z1.clone()
+            target[::n] = torch.where(large, two_steps, z1[::n])
+        # 3. Predict.
+        prediction, h = self.denoise(z, tau, d, actions, task_embedding, separate=separate)
+        error = (prediction - target).square().mean((-2, -1))  # (B, T)
+        # 4. Weigh, the same for both terms.
+        valid = torch.ones_like(error) if valid is None else valid.float()
+        loss = (ramp_weight(tau) * error * valid).mean()
+        with torch.no_grad():
+            fine = (d <= d_min).float()
+            metrics = {"flow": weighted_mean(error, fine * valid),
+                       "shortcut": weighted_mean(error, (1 - fine) * valid)}
+        return (loss, metrics), h
 
-    def forward(self, z1, actions, draws):
+    def forward(self, z1, actions, draws, valid=None):
         """Eq. 7, RMS-normalized: the training loss of phase 1. Returns (loss, metrics)."""
-        (loss, metrics), _ = self.loss(z1, actions, draws)
+        (loss, metrics), _ = self.loss(z1, actions, draws, valid=valid)
         return self.loss_norm({"dynamics": loss}), {"dynamics": loss.detach(), **metrics}
 
 
@@ -660,11 +648,13 @@ class Dream:
         # Finished frames, real or dreamed, enter the KV cache at the context level, by a pass of
         # their own that also yields h: a half-denoised frame would tell the policy less.
         z = corrupt(z, noise, tau)
-        return self.dynamics.denoise(
-            z, tau, d, actions, self.task_embedding, self.cache, write=True)[1]
+        _, h = self.dynamics.denoise(z, tau, d, actions, self.task_embedding, self.cache)
+        self.cache.frames += z.shape[1]
+        return h
 
     def step(self, action):
-        """Dream the frame that the action (B, A) leads to. -> z (B, N, Z), h (B, D) or None."""
+        """Dream the frame that the action (B, A) leads to, after a reset or observed frames.
+        Returns z (B, N, Z), h (B, D) or None."""
         c, action = self.dynamics.config, action[:, None]  # (B, 1, A)
 
         def denoise(z, tau, d):
@@ -679,13 +669,8 @@ class Dream:
 
 # ---- 3. Agent (section 3.3) ----------------------------------------------------------------------
 
-def symlog(x):
-    """sign(x) ln(1 + |x|): compresses large values of either sign (Dreamer 3)."""
-    return torch.sign(x) * torch.log1p(torch.abs(x))
-
-
 def symexp(x):
-    """The inverse of symlog."""
+    """The inverse of symlog(x) = sign(x) ln(1 + |x|), which compresses large values (Dreamer 3)."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
@@ -767,9 +752,12 @@ class Agent(nn.Module):
         self.reward_head = Head(D, W, L, config.bins)
         self.continue_head = Head(D, W, L, 1)
         self.value_head = Head(D, W, 1, config.bins)
-        bins = symexp(torch.linspace(-10, 10, config.bins))
-        self.register_buffer("bin_values", bins, persistent=False)
         self.loss_norm = LossNorm("dynamics", "policy", "reward", "continue_")
+
+    @property
+    def bin_values(self):
+        """Values (bins,) of the two-hot bins; as a buffer, a cast to half would bend them."""
+        return symexp(torch.linspace(-10, 10, self.config.bins, device=self.task.weight.device))
 
     def dream(self, k=4, task=0, generator=None, temperature=1.0):
         """A fresh Dream with this agent's token in it. Raises ValueError as Dream does."""
@@ -817,16 +805,22 @@ class Agent(nn.Module):
         """Expected λ-return (...) from the frame of h (..., D) on."""
         return two_hot_mean(self.value_head(h)[..., 0, :], self.bin_values)
 
-    def forward(self, z1, actions, rewards, continues, draws, task=0):
+    def forward(self, z1, actions, rewards, continues, draws, task=0, valid=None):
         """Phase 2: eq. 9 beside eq. 7, every term RMS-normalized. Returns (loss, metrics).
         z1 (B, T, N, Z); actions (B, T, A): the action that LED to frame t; rewards, continues
-        (B, T) of frame t; draws from dynamics.draw(); task: an index, or (B,) of them."""
-        L = self.config.distances
-        (dynamics, metrics), h = self.dynamics.loss(z1, actions, draws, self.task.weight[task])
+        (B, T) of frame t; draws from dynamics.draw(); task: an index, or (B,) of them; valid
+        (B, T) bool: False for padding, which costs nothing, at the end of sequences."""
+        L, task_embedding = self.config.distances, self.task.weight[task]
+        if valid is not None:
+            actions = torch.where(valid[..., None], actions, -1)
+        (dynamics, metrics), h = self.dynamics.loss(z1, actions, draws, task_embedding, valid)
         # h_t learns a_{t+n}, r_{t+n} and c_{t+n} for n = 0 ... L-1. The action that leaves the last
         # frame is unknown.
         unknown = torch.full_like(actions[:, :1], -1)
-        chosen, valid = multi_token_targets(torch.cat((actions[:, 1:], unknown), 1), L)
+        chosen, is_known = multi_token_targets(torch.cat((actions[:, 1:], unknown), 1), L)
+        if valid is not None:
+            # What lies ahead must be valid, too: padding is at the end.
+            is_known = is_known & multi_token_targets(valid, L)[0]
         rewards, _ = multi_token_targets(rewards, L)
         continues, _ = multi_token_targets(continues, L)
         # Cross-entropies (B, T, L) of what the heads predict.
@@ -835,17 +829,17 @@ class Agent(nn.Module):
         reward = -(two_hot(rewards, self.bin_values) * log_p).sum(-1)
         logits = self.continue_head(h)[..., 0]
         continue_ = F.binary_cross_entropy_with_logits(logits, continues, reduction="none")
-        # Means over all B T L, not over the valid ones: then DDP may average over processes.
+        # Means over all B T L, not over the known ones: then processes may average gradients.
         losses = {"dynamics": dynamics}
         for name, loss in (("policy", policy), ("reward", reward), ("continue_", continue_)):
-            losses[name] = (loss * valid).mean()
+            losses[name] = (loss * is_known).mean()
         metrics = metrics | {name: loss.detach() for name, loss in losses.items()}
         return self.loss_norm(losses), metrics
 
     def imagination_loss(self, rollout, prior, policy_weight=1.0):
         """Phase 3: PMPO (eq. 11) for the policy, two-hot cross-entropy to the returns (eq. 10) for
         the value. Returns (loss, metrics). rollout: from imagine(); prior: frozen copy of the
-        cloned policy head; policy_weight 0 trains the value alone: advantages need it first."""
+        policy head before phase 3; policy_weight 0: only the value, which advantages need first."""
         # The transformer is frozen: the heads train on the stored h, without the rollout's graph.
         c, h = self.config, rollout["h"]
         rewards, continues = rollout["rewards"], rollout["continues"]
