@@ -1,78 +1,79 @@
 """Train Dreamer 4 on pixels, from random interaction to a policy that learned in its own dreams.
 
-    python train.py --preset cpu                      # all phases, on a laptop; --run runs/NAME
-    python train.py --phase collect                   # random driving -> runs/default/data/*.npz
-    python train.py --phase tokenizer                 # masked autoencoder: frames -> latents
-    python train.py --phase dynamics                  # shortcut forcing: the world model
-    python train.py --phase agent                     # agent token: cloning, reward, continuation
-    python train.py --phase imagination               # PMPO inside the dreams
-    python train.py --phase evaluate --checkpoint runs/default/agent.pt
-    python train.py --phase dream --record dream.mp4  # truth above, dream below, same actions
-    python train.py --phase play                      # drive in the dream, in a browser
-    python train.py --phase bench                     # speed on this machine
-    torchrun --nproc_per_node 2 -- train.py           # several GPUs or processes
+    python train.py --preset cpu                 # all phases, on a laptop -> runs/default
+    python train.py --phase collect              # random driving -> runs/default/data/*.npz
+    python train.py --phase tokenizer            # masked autoencoder: frames -> latents
+    python train.py --phase dynamics             # shortcut forcing: the world model
+    python train.py --phase agent                # agent token: cloning, reward, continuation
+    python train.py --phase imagination          # PMPO inside the dreams
+    python train.py --phase evaluate             # random, cloned and dreamed policy, unseen seeds
+    python train.py --phase dream                # a video: truth above, dream below, same actions
+    torchrun --nproc_per_node 2 -- train.py      # several GPUs or processes
 
-A phase that is interrupted (Ctrl-C, SIGTERM, SIGKILL) continues when the same command is given
-again. Every field of the two configs (dreamer4.Config and TrainConfig below) is a flag.
+--run runs/NAME names another folder. The same command continues what was interrupted, with the
+same random numbers. Every field of dreamer4.Config and of TrainConfig below is a flag.
 """
+import argparse
+import contextlib
+import datetime
+import fcntl
 import functools
 import json
+import multiprocessing
 import os
-import signal
+import sys
 import time
-from dataclasses import asdict, dataclass
+import zlib
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import gymnasium as gym
+import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
-from assets import bench, flags, measures, worlds
-from assets.checkpoints import FORMAT, load_checkpoint, load_optimizers
-from assets.files import (STOP, barrier, check_stop, fail, in_one_line, init_distributed,
-                          is_launched, is_main_process, limit_memory, load_episode, print0, to_json,
-                          write_file)
-from assets.latents import encode_episodes
-from assets.muon import Muon
-from assets.play import Player, serve
-from assets.run import FILES, READ_ONLY, Progress
-from assets.videos import (decode, encode, resize, to_images, write_dream, write_reconstructions,
-                           write_video)
-from assets.worlds import action_sizes, describe_actions, to_action
 from dreamer4 import Agent, Block, Cache, Config, Dream, Dynamics, Tokenizer, frozen, imagine
 
-# Seeds of the environment: run s collects with s * SEEDS_PER_RUN + i, and evaluates beyond all that
-SEEDS_PER_RUN = 100_000
-EVALUATION_SEEDS = (flags.MAX_SEED + 2) * SEEDS_PER_RUN
+# In the order of time; random numbers follow from a phase's place in it.
+PHASES = ("collect", "tokenizer", "dynamics", "agent", "imagination", "evaluate", "dream", "all")
+FILES = {"tokenizer": "tokenizer.pt", "dynamics": "dynamics.pt", "agent": "agent.pt",
+         "imagination": "agent.pt"}
+# Run s collects with environment seeds s * SEEDS_PER_RUN + i, and evaluates with
+# EVALUATION_SEEDS + 1000 s + i.
+SEEDS_PER_RUN, EVALUATION_SEEDS = 100_000, 10 ** 9
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings
+# ---- Settings ------------------------------------------------------------------------------------
 
 @dataclass
 class TrainConfig(Config):
     """Data, environment and optimization, on top of the model's Config."""
-    env: str = "CarRacing-v3"       # Gymnasium id with image observations or rgb_array rendering
+    preset: str = "cpu"             # where the settings of a new run come from: see PRESETS
+    seed: int = 0                   # training seed: other episodes, weights and random numbers
+    env: str = "CarRacing-v3"       # Gymnasium id (package:id if another package registers it)
     env_kwargs: str = "{}"          # JSON: arguments of the environment, '{"continuous": false}'
     action_bins: int = 5            # bins of a continuous action dimension, both ends included
-    action_repeat: int = 4          # environment steps per agent step (1 but for CarRacing)
+    action_repeat: int = 1          # environment steps per agent step; a new CarRacing run has 4
     episode_frames: int = 1000      # longest episode in agent steps
     envs: int = 8                   # environments played side by side, each in its own process
     collect_episodes: int = 240     # episodes of random interaction
     hold: int = 4                   # random actions are held for 1 ... hold steps, per component
     uniform_share: float = 0.25     # share of random episodes with a new action in every step
-    rounds: int = 1                 # rounds of all phases; dynamics is trained in the first only
+    rounds: int = 1                 # of all phases; dynamics has one of its own in the first only
     round_episodes: int = 80        # episodes that the policy collects in every later round
     policy_random: float = 0.1      # share of random actions when the policy collects
+    reward_scale: float = 0.0       # the model sees rewards divided by it; 0: chosen by the data
     batch_size: int = 32            # sequences per training step, over all processes
     short_length: int = 16          # frames of a short training sequence, T1
     long_length: int = 32           # frames of a long one, T2: longer than the context C
     long_every: int = 4             # every n-th batch is long (of about as many frames)
     rewarded_share: float = 0.3     # share of sequences around a reward (agent phase, contexts)
     recent_share: float = 0.5       # later rounds: share of sequences from the newest episodes
-    memory_gb: float = 8.0          # frames held in memory per process; others stay on disk
     tokenizer_batch: int = 8        # sequences per tokenizer step
     tokenizer_length: int = 8       # frames of a tokenizer sequence: more than tokenizer_context
     tokenizer_steps: int = 3000     # training steps of the tokenizer, in every round
@@ -97,23 +98,14 @@ class TrainConfig(Config):
     eval_episodes: int = 20         # real episodes per policy in evaluation
     compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
     save_seconds: float = 120.0     # time between checkpoints
-    ranges = Config.ranges | {
-        "action_bins": (2, 1000), "collect_episodes": (2, 10 ** 6), "episode_frames": (2, 10 ** 6),
-        "long_length": (2, 10 ** 6), "envs": (1, 500), "memory_gb": (0, 1e6),
-        # longer ones would be deaf to Ctrl-C for minutes
-        "horizon": (1, 10 ** 4), "updates": (1, 1000),
-        "value_steps": (0, 10 ** 6), "temperature": (0, 100), "warmup": (0, 10 ** 6),
-        "save_seconds": (0, 1e9)}
 
     def __post_init__(self):
-        super().__post_init__()
+        super().__post_init__(("beta", "reward_scale", "temperature", "save_seconds"))
+        if not self.env:
+            # nobody collects more of recorded data
+            self.rounds = 1
         if self.k & (self.k - 1) or self.k > self.k_max:
             raise ValueError(f"config: k must be a power of two up to k_max = {self.k_max}")
-        if self.shortcut_every > self.batch_size:
-            raise ValueError("config: shortcut_every must not exceed batch_size")
-        if self.collect_episodes + (self.rounds - 1) * self.round_episodes > SEEDS_PER_RUN // 2:
-            raise ValueError("config: collect_episodes and round_episodes are too many, of all "
-                             f"rounds together more than {SEEDS_PER_RUN // 2}")
 
     def sequence_shapes(self, step):
         """(B, T) of a step: most batches short, every n-th long, with about as many frames."""
@@ -124,7 +116,15 @@ class TrainConfig(Config):
         return max(1, count // self.shortcut_every) * self.shortcut_every, self.long_length
 
 
-# What CarRacing wants at any size; the README says why, under Lessons and Deviations
+# Of Config, what may change while a run goes on; all else in it is the architecture.
+TUNABLE = {"mask_max", "shortcut_every", "separate_images", "checkpointing", "context_share",
+           "unimix", "gamma", "lam", "alpha", "beta"}
+ARCHITECTURE = {field.name for field in fields(Config)} - TUNABLE
+# What the episodes and random numbers of a run come from: it may not change, either.
+ORIGIN = {"preset", "seed", "env", "env_kwargs", "action_bins", "action_repeat", "image_size",
+          "action_spec"}
+
+# What CarRacing wants at any size; elsewhere the paper's values (the defaults) may do better
 RECIPE = dict(gamma=0.98, beta=0.05, rounds=4, k_max=64, separate_images=0.1, temperature=1.6)
 PRESETS = {
     # for the tests: a minute
@@ -140,80 +140,271 @@ PRESETS = {
         patch=16, tokenizer_width=128, tokenizer_heads=4, width=192, head_width=128, pack=4, k=2,
         collect_episodes=160, round_episodes=60, tokenizer_steps=1500, agent_steps=400,
         imagination_steps=300),
-    # one consumer GPU with 12 GB
+    # one consumer GPU with 12 GB; not measured yet
     "gpu": RECIPE | dict(
         image_size=(96, 96), tokenizer_width=384, tokenizer_depth=6, latents=32, width=512,
-        depth=12, heads=8, kv_heads=2, registers=4, context=24, batch_size=64, short_length=16,
-        long_length=32, tokenizer_batch=16, tokenizer_steps=5000, dynamics_steps=40000,
-        agent_steps=5000, imagination_steps=1000, rollouts=256, head_width=512,
-        collect_episodes=1000, envs=16, round_episodes=200, tokenizer_lr=5e-4, dynamics_lr=5e-4,
-        ema=0.999, compile=True, memory_gb=12.0),
-} | bench.SIZES
+        depth=12, heads=8, registers=4, context=24, batch_size=64, tokenizer_batch=16,
+        tokenizer_steps=5000, dynamics_steps=40000, agent_steps=5000, imagination_steps=1000,
+        rollouts=256, head_width=512, collect_episodes=1000, envs=16, round_episodes=200,
+        tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999, compile=True),
+    # 64x64 MineRL recordings, the sizes of an earlier implementation; not measured yet
+    "minerl": dict(
+        latent_channels=32, tokenizer_width=256, tokenizer_depth=6, tokenizer_heads=8, depth=6,
+        heads=8, registers=4, pack=1, batch_size=8, tokenizer_length=16),
+}
 
 
-# --------------------------------------------------------------------------------------------------
-# Environment and policies: frames in, category indices out
+# ---- Run: folder, device, precision, seeds, processes --------------------------------------------
+
+class Run:
+    """runs/NAME with its settings, the device, and this process's place among others."""
+    def __init__(self, args, cfg):
+        self.folder, self.cfg, self.round = Path(args.run), cfg, 0
+        self.checkpoint, self.record = args.checkpoint, args.record
+        self.rank, self.world_size = 0, 1
+        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # without instructions for it, bfloat16 is slower than float32
+        if self.device == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            bf16 = self.device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        if dist.is_torchelastic_launched():
+            if self.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # the others wait while one collects, maybe for hours
+            dist.init_process_group(timeout=datetime.timedelta(days=1))
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            # every share begins with a sequence that bootstraps
+            groups = [B / cfg.shortcut_every for B in (cfg.batch_size, cfg.sequence_shapes(0)[0])]
+            shares = *groups, cfg.rollouts, cfg.tokenizer_batch
+            if self.world_size > 1 and any(B % self.world_size for B in shares):
+                raise ValueError(f"{self.world_size} processes cannot share batch_size, short or "
+                                 "long, in groups of shortcut_every, rollouts, tokenizer_batch")
+            if self.rank:
+                sys.stdout = open(os.devnull, "w")
+
+    def log(self, phase, **numbers):
+        """Prints the numbers and adds them to metrics.jsonl."""
+        numbers = {name: float(f"{x:.5g}") for name, x in numbers.items()}
+        print(f"[{phase}]", *(f"{name} {x:g}" for name, x in numbers.items()))
+        if self.rank == 0:
+            row = json.dumps({"phase": phase, "round": self.round, **numbers})
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(f"{row}\n")
+
+    def save_config(self):
+        """Written with the first thing that a command makes: a refused one changes nothing."""
+        text = json.dumps(asdict(self.cfg), indent=1)
+        write_file(self.folder / "config.json", lambda file: file.write(text.encode()))
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def autocast(self):
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def rng(self, phase, step=0):
+        """Seeds torch; returns a NumPy generator. All random numbers follow from (seed, phase,
+        round, step), alike on all processes: a resumed run draws what it would have drawn."""
+        sequence = np.random.SeedSequence((self.cfg.seed, PHASES.index(phase), self.round, step))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+        return np.random.default_rng(sequence)
+
+    def share(self, batch):
+        """This process's share of a batch drawn alike by all -> tensors on the device."""
+        n = self.world_size
+        return {name: torch.as_tensor(x[len(x) // n * self.rank:][:len(x) // n]).to(self.device)
+                for name, x in batch.items()}
+
+    def for_inference(self, module):
+        """A frozen copy, its transformers in this device's precision; heads stay in float32."""
+        module = frozen(module).to(self.device)
+        getattr(module, "dynamics", module).to(self.dtype)
+        return module
+
+    def require(self, is_there, what, phase):
+        if not is_there:
+            command = f"python train.py --phase {phase} --run {self.folder}"
+            raise ValueError(f"{what}; run first: {command}")
+
+    def is_past(self, phase, state):
+        """Whether a checkpoint has this phase of this round behind it, picture included."""
+        wanted = self.round, PHASES.index(phase), getattr(self.cfg, f"{phase}_steps")
+        return bool(state) and wanted <= (
+            state["round"], PHASES.index(state["phase"]), state["step"])
+
+    def load(self, name, needed=None):
+        """A checkpoint, or {} where there is none; `needed`: a phase that must be behind it."""
+        path, state = self.folder / name, {}
+        if path.exists():
+            with naming(path):
+                state = torch.load(path, "cpu", weights_only=True)
+            check_same(path, state["config"], self.cfg, ARCHITECTURE)
+        if needed:
+            self.require(self.is_past(needed, state), f"{path} is missing or unfinished", needed)
+        return state
+
+    def load_tokenizer(self, weights):
+        tokenizer = Tokenizer(self.cfg)
+        tokenizer.load_state_dict(weights)
+        return self.for_inference(tokenizer)
+
+    def load_agent(self):
+        """Of --checkpoint or agent.pt: tokenizer, agent, cloned policy head; all frozen."""
+        path = os.path.abspath(self.checkpoint or self.folder / "agent.pt")
+        state, agent = self.load(path), Agent(self.cfg)
+        self.require(state, f"{path} is missing", "agent")
+        agent.load_state_dict(state["ema"])
+        cloned = frozen(agent.policy_head).to(self.device)
+        agent.load_state_dict(state.get("heads", {}), strict=False)
+        return self.load_tokenizer(state["tokenizer"]), self.for_inference(agent), cloned
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Puts a file's name before what is wrong with it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def check_same(path, saved, cfg, names):
+    """Refuses settings that differ from the saved ones and may not."""
+    for name in sorted(names & saved.keys()):
+        old, new = saved[name], getattr(cfg, name)
+        if new != (tuple(old) if isinstance(old, list) else old):
+            raise ValueError(f"--{name} is {new}, but {path} has {old}; use another --run")
+
+
+def checksum(weights):
+    return zlib.crc32(b"".join(x.float().cpu().numpy().tobytes() for x in weights.values()))
+
+
+def write_file(path, write):
+    """write(file) to a temporary name, then rename: a file is there as a whole or not at all. Only
+    the main process writes."""
+    if dist.is_initialized() and dist.get_rank():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- Environment and policies: frames in, category indices out -----------------------------------
+
+def make_env(cfg):
+    """gym.make; CarRacing draws only where a frame is asked for, which makes it four times as
+    fast, and has gas and brake on one axis: random ones would mostly cancel out."""
+    kwargs = {"disable_env_checker": True, **json.loads(cfg.env_kwargs)}
+    try:
+        env = gym.make(cfg.env, **{"render_mode": "rgb_array"} | kwargs)
+    except TypeError:
+        # it knows no render_mode; then its observation must be the picture
+        env = gym.make(cfg.env, **kwargs)
+    except gym.error.UnregisteredEnv as error:
+        raise ValueError(f"{error} What another package registers is package:id, for example "
+                         "minigrid:MiniGrid-Empty-5x5-v0") from error
+    if cfg.env.startswith("CarRacing"):
+        game = env.unwrapped
+        draw, game._render = game._render, lambda mode: None
+        if isinstance(env.action_space, gym.spaces.Box):
+            env = gym.wrappers.TransformAction(
+                env, lambda a: np.array([a[0], max(a[1], 0), max(-a[1], 0)], np.float32),
+                gym.spaces.Box(-1, 1, (2,)))
+        # no picture: render() draws it
+        env.observation_space = gym.spaces.Discrete(1)
+        env.render = functools.partial(draw, "state_pixels")
+    return env
+
+
+def action_sizes(space, bins):
+    """The categories of each action component; a bounded Box is binned, both ends included."""
+    if isinstance(space, gym.spaces.Box) and space.is_bounded():
+        return (bins,) * int(np.prod(space.shape))
+    if isinstance(space, gym.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return tuple(space.nvec.ravel().tolist())
+    raise ValueError(f"action space {space}: wrap it to be a bounded Box, Discrete, MultiDiscrete")
+
+
+def to_action(space, indices, bins):
+    """Category indices (A,) -> an action of the space."""
+    if isinstance(space, gym.spaces.Discrete):
+        return space.start + indices[0]
+    indices = np.reshape(indices, space.shape)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.start + indices
+    action = space.low + indices / max(bins - 1, 1) * (space.high.astype(float) - space.low)
+    return (action.round() if space.dtype.kind in "iu" else action).astype(space.dtype)
+
 
 class PixelEnv(gym.Wrapper):
     """Frames (H, W, 3) uint8 of cfg.image_size, actions as category indices, actions repeated.
-
-    After the end of an episode it stands still: of environments that play side by side, some end
-    earlier.
-    """
-
+    After the end of an episode it stands still: others play beside it."""
     def __init__(self, cfg):
-        bare = worlds.make(cfg.env, cfg.env_kwargs, cfg.action_bins)
-        env = gym.wrappers.RepeatAction(bare, cfg.action_repeat)
-        super().__init__(gym.wrappers.TimeLimit(env, cfg.episode_frames - 1))
-        self.image_size = cfg.image_size
-        self.description = describe_actions(bare.action_space, cfg.action_bins)
-        sizes = action_sizes(self.description)
-        if sizes != cfg.action_spec:
-            worlds.refuse(f"--env {cfg.env} has actions of {sizes} categories, but the run's "
-                          f"action_spec is {cfg.action_spec}; use another --run")
+        if multiprocessing.parent_process():
+            # OpenMP's threads do not survive a fork
+            torch.set_num_threads(1)
+        self.cfg, self.bare = cfg, make_env(cfg)
+        steps = (cfg.episode_frames - 1) * cfg.action_repeat
+        super().__init__(gym.wrappers.TimeLimit(self.bare, steps))
+        sizes = action_sizes(self.bare.action_space, cfg.action_bins)
         self.action_space = gym.spaces.MultiDiscrete(sizes)
         self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
-        self.draw = None if worlds.is_picture(bare.observation_space) else bare.render
+        seen = self.bare.observation_space
+        # something smaller holds codes, like MiniGrid's, not colors
+        self.sees_picture = (
+            seen.dtype == np.uint8 and seen.shape[2:] == (3,) and min(seen.shape[:2]) >= 16)
 
     def frame(self, observation):
-        if self.draw:
-            observation = self.draw()
-        self.last = resize(worlds.picture(observation), self.image_size)
+        picture = np.asarray(observation if self.sees_picture else self.bare.render())
+        if picture.ndim != 3 or picture.shape[2] < 3 or picture.dtype != np.uint8:
+            raise ValueError("neither observation nor render() is a picture (H, W, 3) of uint8, "
+                             f"but {picture.shape} {picture.dtype}")
+        self.last = resize(picture[..., :3], self.cfg.image_size)
         return self.last
 
     def reset(self, seed=None, options=None):
         self.end = (False, False)
-        observation, _ = self.env.reset(seed=seed)
-        return self.frame(observation), {}
+        return self.frame(self.env.reset(seed=seed)[0]), {}
 
     def step(self, indices):
         if any(self.end):
             return self.last, 0.0, *self.end, {}
-        action = to_action(self.description, indices)
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        # float32 must hold sums of them as well
-        if not abs(reward) < 1e30:
-            raise ValueError(f"it gives a reward of {reward}")
-        self.end = bool(terminated), bool(truncated)
-        return self.frame(observation), reward, *self.end, {}
+        action, total = to_action(self.bare.action_space, indices, self.cfg.action_bins), 0.0
+        for _ in range(self.cfg.action_repeat):
+            observation, reward, *self.end, _ = self.env.step(action)
+            # None becomes NaN
+            reward = np.asarray(reward, float)
+            if reward.size != 1 or not np.isfinite(reward).all():
+                raise ValueError(f"the environment's reward is {reward}, not a number")
+            total += reward.item()
+            if any(self.end):
+                break
+        return self.frame(observation), total, *self.end, {}
 
 
 class RandomPolicy:
-    """Random but useful: every action component is held for a while.
-
-    A uniform_share of the episodes changes them in every step.
-    """
-
+    """Random but useful: every action component is held for a while; a uniform_share of the
+    episodes changes them in every step."""
     def __init__(self, cfg, seed):
         self.cfg, self.seed = cfg, seed
 
     def reset(self, seeds):
-        """Episodes begin. Random numbers follow from their seeds, whatever was played before."""
-        count, A = len(seeds), len(self.cfg.action_spec)
+        """Episodes begin. Random numbers follow from the first seed and how many there are."""
+        shape = len(seeds), len(self.cfg.action_spec)
         self.rng = np.random.default_rng((self.seed, seeds[0]))
-        self.steps_left = np.zeros((count, A), int)
-        self.action = np.zeros((count, A), np.int16)
-        uniform = self.rng.random((count, 1)) < self.cfg.uniform_share
+        self.steps_left, self.action = np.zeros(shape, int), np.zeros(shape, np.int16)
+        uniform = self.rng.random((len(seeds), 1)) < self.cfg.uniform_share
         self.longest = np.where(uniform, 1, self.cfg.hold)
 
     def act(self, frames, actions):
@@ -226,589 +417,777 @@ class RandomPolicy:
         return self.action
 
 
-class AgentPolicy:
-    """Tokenizer, world model and policy head in the real environment, through the Dream stream.
-
-    random_share of the actions is RandomPolicy's.
-    """
-
+class AgentPolicy(RandomPolicy):
+    """Tokenizer, world model and policy head in the real environment, through the Dream stream;
+    random_share of the actions is random."""
     def __init__(self, tokenizer, agent, cfg, seed, random_share=0.0):
+        super().__init__(cfg, seed)
         self.tokenizer, self.agent, self.random_share = tokenizer, agent, random_share
         self.device = next(agent.parameters()).device
-        self.random = RandomPolicy(cfg, seed)
 
     def reset(self, seeds):
-        self.random.reset(seeds)
-        seed = int(self.random.rng.integers(2**31))
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.cache = Cache()
-        self.dream = self.agent.dream(generator=self.generator, k=1)
+        super().reset(seeds)
+        self.generator = torch.Generator(self.device).manual_seed(int(self.rng.integers(2**31)))
+        self.cache, self.dream = Cache(), self.agent.dream(generator=self.generator, k=1)
 
     @torch.inference_mode()
     def act(self, frames, actions):
         z = self.tokenizer.encode(to_images(frames[:, None], self.device), cache=self.cache)
-        led_here = torch.as_tensor(actions[:, None], device=self.device)
-        h = self.dream.observe(z, led_here)[:, 0]
+        h = self.dream.observe(z, torch.as_tensor(actions[:, None], device=self.device))[:, 0]
         action = self.agent.sample(self.agent.policy(h), self.generator).cpu().numpy()
-        explore = self.random.rng.random((len(action), 1)) < self.random_share
-        return np.where(explore, self.random.act(frames, actions), action).astype(np.int16)
+        explore = self.rng.random((len(action), 1)) < self.random_share
+        return np.where(explore, super().act(frames, actions), action).astype(np.int16)
 
 
-def play(cfg, policy, seeds, done=()):
-    """Plays one episode per seed, cfg.envs at a time; yields (seed, arrays of an episode file).
-
-    Those whose seed is in `done` are left out. Episodes played side by side share random numbers:
-    they are played together again if one is missing.
-    """
-    seeds, count = list(seeds), min(cfg.envs, len(seeds))
+def play(cfg, policy, seeds, count=None):
+    """Plays one episode per seed, `count` (or cfg.envs) at a time, which share random numbers;
+    yields (seed, arrays of an episode file)."""
     if not cfg.env:
-        fail("this run learns from recorded data and has no environment; give --env")
-    with worlds.in_processes(cfg.env, functools.partial(PixelEnv, cfg), count) as call:
+        raise ValueError("this run has recorded data and no environment; give --env")
+    count = count or min(cfg.envs, len(seeds))
+    envs = AsyncVectorEnv([functools.partial(PixelEnv, cfg)] * count,
+                          autoreset_mode=AutoresetMode.DISABLED)
+    try:
         for start in range(0, len(seeds), count):
             # the last wave may repeat a seed
             wave = (seeds[start:] + [seeds[-1]] * count)[:count]
-            if all(seed in done for seed in wave):
-                continue
             policy.reset(wave)
-            frames = np.array([frame for frame, _ in call(PixelEnv.reset, wave)])
-            actions = np.full((count, len(cfg.action_spec)), -1, np.int16)
+            frames, _ = envs.reset(seed=wave)
             # no action led to the first frame, and no reward came with it
-            episodes = [[(frames[i], actions[i], 0.0)] for i in range(count)]
+            actions = np.full((count, len(cfg.action_spec)), -1, np.int16)
+            steps, lengths = [(frames, actions, np.zeros(count))], np.ones(count, int)
             ended = np.zeros(count, bool)
             while not ended.all():
-                check_stop()
                 # the action that h_t chooses leads to frame t + 1, with which it is stored
                 actions = policy.act(frames, actions)
-                answers = call(PixelEnv.step, actions)
-                frames, rewards, terminated, truncated, _ = map(np.array, zip(*answers))
-                for i in np.flatnonzero(~ended):
-                    episodes[i].append((frames[i], actions[i], rewards[i]))
-                # an environment that has ended goes on saying so
+                frames, rewards, terminated, truncated, _ = envs.step(actions)
+                steps.append((frames, actions, rewards))
+                lengths += ~ended
                 ended = terminated | truncated
-            lengths = [len(steps) for steps in episodes]
-            moves = any((frame != steps[0][0]).any() for steps in episodes for frame, *_ in steps)
-            if isinstance(policy, RandomPolicy) and max(lengths) > 8 and not moves:
-                fail(f"--env {cfg.env} shows the same picture in all {sum(lengths)} frames of "
-                     "random actions; is it black? Look at what it draws")
+            columns = [np.stack(column, 1) for column in zip(*steps)]
+            moves = (columns[0] != columns[0][:, :1]).any()
+            if type(policy) is RandomPolicy and lengths.max() > 8 and not moves:
+                raise ValueError(f"--env {cfg.env} shows the same picture in all frames of random "
+                                 "actions")
             for i, seed in enumerate(seeds[start:start + count]):
-                if seed in done:
-                    continue
-                own_frames, own_actions, own_rewards = zip(*episodes[i])
-                yield seed, {
-                    "frames": np.array(own_frames, np.uint8),
-                    "actions": np.array(own_actions, np.int16),
-                    "rewards": np.array(own_rewards, np.float32),
-                    "terminal": np.array(terminated[i])}
+                frames, actions, rewards = (column[i, :lengths[i]] for column in columns)
+                yield seed, {"frames": frames, "actions": actions, "terminal": terminated[i],
+                             "rewards": rewards.astype(np.float32)}
+    except (EOFError, OSError) as error:
+        raise ValueError(f"a process of --env {cfg.env} ended ({error}); what it printed may say "
+                         "why") from error
+    finally:
+        with contextlib.suppress(EOFError, OSError):
+            envs.close(terminate=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# Episodes: windows and latents (the files: assets/files.py)
+# ---- Episodes: files, windows, latents -----------------------------------------------------------
+
+def load_episode(path, cfg):
+    """Reads and checks one episode file; the format is in the README."""
+    with naming(path), np.load(path) as file:
+        episode = dict(file)
+    T = len(episode.get("rewards", ()))
+    wanted = {"frames": f"uint8 {(T, *cfg.image_size, 3)}", "rewards": f"float32 {(T,)}",
+              "actions": f"int16 {(T, len(cfg.action_spec))}", "terminal": "bool ()"}
+    found = {name: f"{x.dtype} {x.shape}" for name, x in episode.items()}
+    if T < 2 or not wanted.items() <= found.items():
+        raise ValueError(f"{path} holds {found}, but this run wants {wanted}")
+    is_finite = np.isfinite(episode["rewards"]).all()
+    if (episode["actions"] >= cfg.action_spec).any() or not is_finite:
+        raise ValueError(f"{path} has actions beyond the action_spec {cfg.action_spec}, or rewards "
+                         "that are not finite")
+    return episode
+
 
 class Data:
-    """All episodes of a run. Every tenth is held out and never trains anything.
-
-    The last `recent` ones, in the order of their names, are those of the newest round.
-    """
-
-    def __init__(self, cfg, folder, recent=0):
-        self.cfg, self.paths = cfg, sorted(Path(folder).glob("*.npz"))
-        if len(self.paths) < 2:
-            more = "run: python train.py --phase collect (with the same --run)"
-            fail(f"{folder} holds {len(self.paths)} episodes, at least 2 are needed; "
-                 f"{more if cfg.env else 'bring more, or cut long ones'}")
-        self.episodes, room = [], cfg.memory_gb * 1e9
-        for path in self.paths:
-            check_stop()
-            episode = load_episode(path, cfg)
-            room -= episode["frames"].nbytes
-            if room < 0:
-                del episode["frames"]
-            self.episodes.append(episode)
-        self.held_out = self.episodes[::10]
+    """All episodes of a run. Every tenth is held out and never trains anything; the last ones by
+    name are those of the newest round."""
+    def __init__(self, run):
+        self.run, folder = run, run.folder / "data"
+        paths = sorted(folder.glob("*.npz"))
+        run.require(len(paths) > 1, f"{folder} holds {len(paths)} episodes", "collect")
+        self.episodes = [load_episode(path, run.cfg) for path in paths]
         self.train = [e for i, e in enumerate(self.episodes) if i % 10]
-        self.recent = {id(e) for e in self.episodes[len(self.episodes) - recent:]}
-        self.usual_reward = measures.usual_reward(self.train)
+        self.held_out = self.episodes[::10]
+        newest = len(paths) - (run.cfg.round_episodes if run.round else 0)
+        self.is_recent = np.array([i >= newest for i in range(len(paths)) if i % 10])
+        # a power of ten near the size of the rewards: two-hot bins are fine around 1
+        self.rewards = np.concatenate([e["rewards"][1:] for e in self.train], dtype=float)
+        square = np.square(self.rewards).sum() / max(np.count_nonzero(self.rewards), 1)
+        self.scale = float(10.0 ** np.round(np.log10(square or 1.0) / 2))
+        # in many tasks every step costs a little; what differs from that is news
+        values, counts = np.unique((self.rewards / self.scale).round(3), return_counts=True)
+        self.usual_reward = values[counts.argmax()] * self.scale
+        for e in self.episodes:
+            news = np.abs(e["rewards"] - self.usual_reward) > 1e-3 * self.scale
+            e["news"] = np.flatnonzero(news[1:]) + 1
 
-    def sample(self, rng, B, T, names, rewarded_share=0.0):
-        """B random windows of T frames of training episodes -> arrays (B, T, ...), and continues.
+    def encode(self, weights):
+        """Gives every episode its "latents" (T, N, Z) float16, from files whose names are the
+        checksums of what they were made from: tokenizer and frames. Returns the tokenizer."""
+        tokenizer, folder = self.run.load_tokenizer(weights), self.run.folder / "latents"
+        source, needed = checksum(weights), set()
+        for episode in self.episodes:
+            path = folder / f"{source:08x}-{zlib.crc32(episode['frames']):08x}.npy"
+            needed.add(path)
+            if path.exists():
+                episode["latents"] = np.load(path)
+            else:
+                episode["latents"] = encode(tokenizer, episode["frames"])
+                write_file(path, functools.partial(np.save, arr=episode["latents"]))
+        for path in set(folder.glob("*.npy")) - needed:
+            path.unlink(missing_ok=True)
+        return tokenizer
 
-        With probability rewarded_share a window is moved over a frame whose reward is unusual, if
-        its episode has one. In later rounds a recent_share comes from the newest episodes, besides
-        those that chance takes from there.
-        """
-        episodes = [e for e in self.train if len(e["rewards"]) >= T]
-        if not episodes:
-            fail(f"no training episode has {T} frames; use shorter sequences (--long_length, "
-                 "--tokenizer_length, --rollout_context), a smaller --action_repeat, or more data")
-        # every window is equally likely
-        chances = np.array([len(e["rewards"]) - T + 1 for e in episodes], float)
-        recent = chances * [id(e) in self.recent for e in episodes]
-        if recent.any():
-            share = self.cfg.recent_share
-            chances = (1 - share) * chances / chances.sum() + share * recent / recent.sum()
-        windows = []
-        for index in rng.choice(len(episodes), B, p=chances / chances.sum()):
-            episode = episodes[index]
-            rewards = episode["rewards"]
-            start = rng.integers(len(rewards) - T + 1)
-            unusual = np.flatnonzero(measures.is_unusual(rewards[1:], self.usual_reward)) + 1
-            if rng.random() < rewarded_share and len(unusual):
-                # at any place in the window
-                start = rng.choice(unusual) - rng.integers(T)
-                start = np.clip(start, 0, len(rewards) - T)
-            windows.append((episode, slice(start, start + T)))
-        batch = {name: np.stack([e[name][window] for e, window in windows]) for name in names}
-        batch["continues"] = np.ones((B, T), np.float32)
-        for i, (episode, window) in enumerate(windows):
-            if episode["terminal"] and window.stop == len(episode["rewards"]):
-                batch["continues"][i, -1] = 0
-        return batch
+    def draw(self, rng, counts):
+        """An episode, by how many (n,) of the things that are wanted each one has; in later rounds
+        a recent_share comes from the newest episodes, besides those that chance takes there."""
+        recent = counts * self.is_recent
+        if recent.any() and rng.random() < self.run.cfg.recent_share:
+            counts = recent
+        return self.train[rng.choice(len(counts), p=counts / counts.sum())]
+
+    def sample(self, rng, B, T, names, rewarded_share=0.0, is_context=False):
+        """B windows of T frames -> arrays (B, T, ...), "continues" and "valid". Every frame is as
+        likely as any other: windows reach beyond both ends of an episode. What lies there is cut,
+        and padding follows, not valid: of T = 4 from t = -2 on, frames 0 and 1, then two of those.
+        A rewarded_share is moved over a frame whose reward is unusual. Contexts of dreams are
+        whole, repeat the first frame where there are too few, never end with a terminal one."""
+        lengths = np.array([len(e["rewards"]) for e in self.train])
+        news = np.array([len(e["news"]) for e in self.train])
+        batch = defaultdict(list)
+        for _ in range(B):
+            if news.any() and rng.random() < rewarded_share:
+                e = self.draw(rng, news)
+                start = rng.choice(e["news"]) - rng.integers(T)
+            elif is_context:
+                e = self.draw(rng, lengths)
+                start = 1 - T + rng.integers(len(e["rewards"]) - e["terminal"])
+            else:
+                e = self.draw(rng, lengths + T - 1)
+                start = rng.integers(1 - T, len(e["rewards"]))
+            index, last = np.arange(start, start + T), len(e["rewards"]) - 1
+            if is_context:
+                index = (index - max(0, index[-1] - last + e["terminal"])).clip(0)
+            index = index[(index >= 0) & (index <= last)]
+            window = {name: e[name][index] for name in names}
+            window["continues"] = np.float32(1) - (e["terminal"] & (index == last))
+            window["valid"] = np.ones(len(index), bool)
+            for name, x in window.items():
+                padding = [(0, T - len(index))] + [(0, 0)] * (x.ndim - 1)
+                fill = -1 if name == "actions" else 0
+                batch[name].append(np.pad(x, padding, constant_values=fill))
+        return {name: np.stack(windows) for name, windows in batch.items()}
 
 
-def load_data(run):
-    return Data(run.cfg, run.folder / "data", run.cfg.round_episodes if run.round else 0)
+# ---- Frames and latents, pictures, PSNR ----------------------------------------------------------
+
+def resize(frame, size):
+    """uint8 frame (H, W, 3) -> (*size, 3), antialiased."""
+    if frame.shape[:2] == tuple(size):
+        return frame
+    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, size=tuple(size), mode="bilinear", antialias=True)[0]
+    return x.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-# --------------------------------------------------------------------------------------------------
-# The training loop: optimizer, averaged weights, checkpoint, resume (run folder: assets/run.py)
+def to_images(frames, device):
+    """uint8 frames (B, T, H, W, 3) -> float images (B, T, 3, H, W) in [0, 1]."""
+    return torch.as_tensor(frames, device=device).permute(0, 1, 4, 2, 3).float() / 255
 
-def make_optimizers(model, lr, weight_decay, dtype):
-    """Muon for the matrices of the transformer blocks, AdamW for all else that is trained."""
-    blocks = [block for block in model.modules() if isinstance(block, Block)]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    in_blocks = {id(p) for block in blocks for p in block.parameters() if p.dim() == 2}
-    matrices = [p for p in trained if id(p) in in_blocks]
-    others = [p for p in trained if id(p) not in in_blocks]
-    optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr, weight_decay, dtype))
-    return optimizers
+
+@torch.no_grad()
+def encode(tokenizer, frames, chunk=32):
+    """Streams frames (T, H, W, 3) through the tokenizer -> latents (T, N, Z) float16."""
+    cache, device = Cache(), next(tokenizer.parameters()).device
+    pieces = [tokenizer.encode(to_images(frames[None, t:t + chunk], device), cache=cache)[0]
+              for t in range(0, len(frames), chunk)]
+    return torch.cat(pieces).half().cpu().numpy()
+
+
+@torch.no_grad()
+def decode(tokenizer, latents, chunk=32):
+    """Streams latents (B, T, N, Z) through the decoder -> frames (B, T, H, W, 3) uint8."""
+    cache, device = Cache(), next(tokenizer.parameters()).device
+    latents = torch.as_tensor(latents, device=device).float()
+    images = torch.cat([tokenizer.decode(z, cache) for z in latents.split(chunk, 1)], 1)
+    return (images * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of uint8 frames (..., H, W, 3), averaged over the frames."""
+    error = np.square(a.astype(np.float32) - b.astype(np.float32)).mean((-3, -2, -1)) / 255 ** 2
+    return float(np.mean(-10 * np.log10(np.maximum(error, 1e-10))))
+
+
+@torch.no_grad()
+def dream_on(dream, episodes, seed, length, count, context=4):
+    """Dreams on from `context` frames of `count` episodes, with their actions, up to `length`
+    frames -> truth (B, T, H, W, 3), dreamed latents (B, T, N, Z)."""
+    rng, device = np.random.default_rng(seed), next(dream.dynamics.parameters()).device
+    torch.manual_seed(seed)
+    T = min(length, max(len(e["rewards"]) for e in episodes))
+    context = min(context, T - 1)
+    long, windows = [e for e in episodes if len(e["rewards"]) >= T], []
+    # evenly chosen, so that all rounds are among them
+    for e in (long[::max(1, len(long) // count)] * count)[:count]:
+        start = rng.integers(len(e["rewards"]) - T + 1)
+        windows.append([e[name][start:start + T] for name in ("frames", "latents", "actions")])
+    truth, z, actions = (np.stack(arrays) for arrays in zip(*windows))
+    z, actions = torch.as_tensor(z, device=device).float(), torch.as_tensor(actions, device=device)
+    dream.reset(z[:, :context], actions[:, :context])
+    frames = [dream.step(action)[0] for action in actions[:, context:].unbind(1)]
+    return truth, torch.cat((z[:, :context], torch.stack(frames, 1)), 1)
+
+
+def write_dream(path, tokenizer, dream, episodes, seed, length=32):
+    """Video: truth above, dream below, same actions; a bar marks the frames given as context."""
+    truth, latents = dream_on(dream, episodes, seed, length, count=4)
+    dreamed = decode(tokenizer, latents)
+    dreamed[:, :4, :2] = 255
+    # (B, T, H, W, 3) -> side by side (T, H, B W, 3)
+    rows = [np.concatenate(list(row), 2) for row in (truth, dreamed)]
+    write_video(path, np.concatenate(rows, 1))
+
+
+def write_video(path, frames, fps=12):
+    """frames (T, H, W, 3) uint8, enlarged -> an endless GIF, or an MP4, by the file's name."""
+    kind, frames = Path(path).suffix.lower(), frames.repeat(3, 1).repeat(3, 2)
+    options = dict(duration=1000 / fps, loop=0) if kind == ".gif" else dict(fps=fps)
+    video = imageio.imwrite("<bytes>", frames, extension=kind, **options)
+    write_file(Path(path), lambda file: file.write(video))
+
+
+# ---- The training loop: optimizers, averaged weights, learning rate, log, checkpoints ------------
+
+def orthogonalize(x, dtype, steps=5):
+    """x (n, rows, columns) -> U V^T of each matrix's SVD, roughly: its singular values near 1."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = x.shape[1] > x.shape[2]
+    # the smaller product of a matrix with itself
+    x = (x.mT if is_tall else x).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # Newton-Schulz: a x + b (x x^T) x + c (x x^T)^2 x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalized (Jordan et al. 2024), in steps as large as AdamW's (Liu et
+    al. 2025, arXiv:2502.16982). torch.optim.Muon works in bfloat16 even where that is slow. All
+    matrices need a gradient, and the group a rate, before every step."""
+    def __init__(self, matrices, weight_decay, dtype, momentum=0.95):
+        super().__init__(matrices, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        [group], by_shape = self.param_groups, defaultdict(list)
+        for p in group["params"]:
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            by_shape[p.shape].append(p)
+        # all matrices of one shape at once
+        for shape, matrices in by_shape.items():
+            grads = [p.grad for p in matrices]
+            buffers = [self.state[p]["momentum_buffer"] for p in matrices]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
+            update = orthogonalize(update, self.dtype).to(update.dtype)
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            step = group["lr"] * 0.2 * max(shape) ** 0.5
+            torch._foreach_add_(matrices, list(update.unbind()), alpha=-step)
 
 
 class Loop:
-    """What all training loops share:
-
-        for step in loop:
-            loss, metrics = loop.model_in_ddp(...)
-            loop.update(loss, metrics, frames)
-
-    It holds the optimizers, learning rate, averaged weights, log, checkpoints and DDP.
-    """
-
-    def __init__(self, run, phase, model, lr, state=None, names=("model", "ema"), extra={}):
-        """state: a checkpoint whose weights go on, and its optimizers and step if it is of this
-        phase and round; names: the checkpoint's entries for the weights and the averaged weights
-        (one name: no averaging); extra: further entries to store."""
-        self.run, self.phase, self.model = run, phase, model.to(run.device)
-        self.path, self.steps = run.folder / FILES[phase], run.steps(phase)
-        self.names, self.lr, self.extra = names, lr, extra
-        self.ema = frozen(model) if len(names) > 1 else None
-        for name, module in zip(names, (model, self.ema)):
-            if state and name in state:
+    """What all training loops share: `for step in loop: ...; loop.update(loss, metrics, frames)`,
+    then the picture, then loop.save(). Optimizers, learning rate, averaged weights, log."""
+    def __init__(self, run, phase, model, lr, state={}):
+        """state: what a checkpoint holds besides; of it, the weights go on, and optimizers and
+        step, too, if it is of this phase and round."""
+        self.run, self.phase, self.model, self.lr = run, phase, model.to(run.device), lr
+        self.state, self.first, self.steps = state, 0, getattr(run.cfg, f"{phase}_steps")
+        # imagination trains on its own data, and needs no averaging
+        self.parts = {"heads": model}
+        if phase != "imagination":
+            self.ema = frozen(model)
+            self.parts = {"model": model, "ema": self.ema}
+        for name, module in self.parts.items():
+            if name in state:
                 module.load_state_dict(state[name])
-        self.optimizers = make_optimizers(model, lr, run.cfg.weight_decay, run.dtype)
-        self.first_step, self.metrics = 0, {}
-        if state and (state["round"], state["phase"]) == (run.round, phase):
-            load_optimizers(self.optimizers, state, self.path)
-            self.first_step, self.metrics = state["step"], state.get("metrics", {})
-        self.model_in_ddp = run.compile_and_distribute(model)
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print0(f"[{phase}] round {run.round} on {run.device} in {str(run.dtype)[6:]}, "
-               f"{run.world_size} process(es), {count / 1e6:.2f} M trained parameters, "
-               f"steps {self.first_step} ... {self.steps}")
+        # Muon for the matrices of the transformer blocks, AdamW for all else
+        blocks = [block for block in model.modules() if isinstance(block, Block)]
+        matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        others = [p for p in self.trained if all(p is not matrix for matrix in matrices)]
+        self.optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0, fused=True)]
+        if matrices:
+            self.optimizers.append(Muon(matrices, run.cfg.weight_decay, run.dtype))
+        if (state.get("round"), state.get("phase")) == (run.round, phase):
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                # the momenta; settings are those of now
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict(saved | {"param_groups": groups})
+            self.first = state["step"]
+        if run.cfg.compile:
+            # the blocks share graphs, more than the 8 after which PyTorch stops compiling
+            torch._dynamo.config.recompile_limit = 64
+            for block in blocks:
+                block.compile(dynamic=False)
+        count = sum(p.numel() for p in self.trained) / 1e6
+        print(f"[{phase}] round {run.round} on {run.device} in {str(run.dtype)[6:]}, "
+              f"{run.world_size} process(es), {count:.2f} M parameters, {self.steps} steps")
 
     def __iter__(self):
-        self.save_time, self.step = time.time(), self.first_step - 1
-        self.progress = Progress(self.run, self.phase, self.first_step, self.steps)
-        for self.step in range(self.first_step, self.steps):
-            self.rng = self.run.seed_phase(self.phase, self.step)
+        start = saved = logged = time.time()
+        self.frames = 0
+        for self.step in range(self.first, self.steps):
+            self.rng = self.run.rng(self.phase, self.step)
             yield self.step
-            save = time.time() - self.save_time > self.run.cfg.save_seconds
-            # all processes stop and save together
-            stop, save = self.run.any_process(bool(STOP), save)
-            if stop or save:
+            now, done = time.time(), self.step + 1
+            if now - logged > 5 or done == self.steps:
+                logged, left = now, (now - start) / (done - self.first) * (self.steps - done)
+                self.run.log(self.phase, step=done, **self.metrics, minutes_left=left / 60,
+                             frames_per_s=self.frames / (now - start))
+            # after the last step the phase saves, when its picture is there
+            if now - saved > self.run.cfg.save_seconds and done < self.steps:
                 self.save()
-            check_stop(stop)
-        self.save()
+                saved = now
 
-    def save(self, finished=False):
-        """Writes the checkpoint. finished: the phase has also written its picture and report."""
-        run = self.run
-        if is_main_process():
-            state = {"format": FORMAT, "phase": self.phase, "round": run.round,
-                     "step": self.step + 1, "seed": run.seed, "config": asdict(run.cfg),
-                     "actions": json.dumps(run.actions), **self.extra, "finished": finished,
-                     "metrics": {name: float(value) for name, value in self.metrics.items()},
-                     "optimizers": [{"state": optimizer.state_dict()["state"]}
-                                    for optimizer in self.optimizers]}
-            for name, module in zip(self.names, (self.model, self.ema)):
-                state[name] = module.state_dict()
-            write_file(self.path, functools.partial(torch.save, state))
-            run.save_config()
-        # no process reads the checkpoint before it is there
-        barrier()
-        self.save_time = time.time()
+    def save(self):
+        state = self.state | {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"phase": self.phase, "round": self.run.round, "step": self.step + 1,
+                  "config": asdict(self.run.cfg),
+                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        # first: the reward scale of this checkpoint stands in it
+        self.run.save_config()
+        write_file(self.run.folder / FILES[self.phase], functools.partial(torch.save, state))
 
     def update(self, loss, metrics, frames=0):
-        """One optimizer step on the loss, then averaged weights.
-
-        frames: the video frames finished with this step; 0: more updates on the same ones follow.
-        """
+        """One optimizer step on the loss, then averaged weights. frames: the video frames that it
+        learned from."""
         self.model.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        # one look at the device, not two
+        if self.run.world_size > 1:
+            for p in self.trained:
+                dist.all_reduce(p.grad)
+                p.grad /= self.run.world_size
+        norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
         if not torch.isfinite(norm + loss):
-            fail(f"{self.phase}, step {self.step}: not finite: loss {loss.item()}, "
-                 f"gradient norm {norm.item()}; {self.path} from before, if any, is intact; try a "
-                 "smaller learning rate (--tokenizer_lr, --dynamics_lr, --policy_lr)")
-        lr = self.learning_rate()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * 2 if isinstance(optimizer, Muon) else lr
-            optimizer.step()
-        if self.ema is not None:
-            # over few steps at first: it soon forgets the weights that the round began with
-            decay = min(self.run.cfg.ema, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-        self.metrics = metrics
-        self.progress.update(self.step, frames, metrics)
-
-    def learning_rate(self):
-        """A linear rise over the warmup, and a linear fall to a tenth in the cooldown."""
-        cfg = self.run.cfg
-        left = 1 - self.step / self.steps
-        rise = min(1.0, (self.step + 1) / max(cfg.warmup, 1))
+            raise ValueError(f"{self.phase}, step {self.step}: loss or gradient is not finite; try "
+                             "a smaller --tokenizer_lr, --dynamics_lr or --policy_lr")
+        cfg, left = self.run.cfg, 1 - self.step / self.steps
+        rise = min(1.0, (self.step + 1) / cfg.warmup)
         fall = min(1.0, 0.1 + 0.9 * left / max(cfg.cooldown, 1e-9))
-        return self.lr * rise * fall
+        for optimizer in self.optimizers:
+            twice = 2 if isinstance(optimizer, Muon) else 1
+            optimizer.param_groups[0]["lr"] = self.lr * rise * fall * twice
+            optimizer.step()
+        if "ema" in self.parts:
+            # over few steps at first: it soon forgets the weights that the round began with
+            decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
+            averages, weights = list(self.ema.parameters()), list(self.model.parameters())
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+        self.frames += frames
 
 
-# --------------------------------------------------------------------------------------------------
-# The phases
+# ---- The phases ----------------------------------------------------------------------------------
 
-def collect(run, policy_file=None, first=None, wanted=None):
-    """Real episodes -> data/*.npz. Round 0 acts randomly, later ones by a policy.
-
-    first, wanted: numbers of the episodes, where they are not those of the round.
-    """
-    cfg = run.cfg
-    if first is None:
-        first = cfg.collect_episodes + (run.round - 1) * cfg.round_episodes if run.round else 0
-        wanted = cfg.round_episodes if run.round else cfg.collect_episodes
-    # one process collects, the others wait
-    if not is_main_process():
-        return
-    seeds = [run.seed * SEEDS_PER_RUN + i for i in range(first, first + wanted)]
+def collect(run):
+    """Real episodes -> data/*.npz. Round 0 acts randomly, later ones by the policy so far."""
+    cfg, first, wanted = run.cfg, 0, run.cfg.collect_episodes
+    policy = RandomPolicy(cfg, cfg.seed * 1000 + run.round)
+    if run.round:
+        first, wanted = wanted + (run.round - 1) * cfg.round_episodes, cfg.round_episodes
+        tokenizer, agent, _ = run.load_agent()
+        policy = AgentPolicy(tokenizer, agent, cfg, policy.seed, cfg.policy_random)
+    seeds = [cfg.seed * SEEDS_PER_RUN + i for i in range(first, first + wanted)]
     paths = {seed: run.folder / "data" / f"{seed:010d}.npz" for seed in seeds}
-    done = {seed for seed, path in paths.items() if path.exists()}
-    if len(done) == wanted:
-        print0(f"[collect] finished before: the {wanted} episodes are there")
-        return
-    policy_seed = run.seed * 1000 + run.round
-    policy = RandomPolicy(cfg, policy_seed)
-    if policy_file:
-        tokenizer, agent = run.load_policy(policy_file)
-        policy = AgentPolicy(tokenizer, agent, cfg, policy_seed, cfg.policy_random)
-    progress, returns = Progress(run, "collect", len(done), wanted), []
-    for seed, episode in play(cfg, policy, seeds, done):
-        if not returns:
-            run.save_config()
+    # those played side by side share random numbers: if one is missing, all are played again
+    envs = min(cfg.envs, wanted)
+    waves = [seeds[i:i + envs] for i in range(0, wanted, envs)]
+    left = sum([wave for wave in waves if not all(paths[seed].exists() for seed in wave)], [])
+    start, frames, returns = time.time(), 0, []
+    # one process collects, the others wait
+    for seed, episode in play(cfg, policy, left, envs) if left and run.rank == 0 else ():
+        run.save_config()
         write_file(paths[seed], functools.partial(np.savez_compressed, **episode))
+        frames += len(episode["rewards"])
         returns.append(float(episode["rewards"].sum()))
-        metrics = {"return_mean": np.mean(returns), "return_std": np.std(returns)}
-        count = len(done) + len(returns)
-        progress.update(count - 1, len(episode["frames"]), metrics)
+        if len(returns) % envs == 0 or len(returns) == len(left):
+            run.log("collect", episodes=len(returns), of=len(left), return_mean=np.mean(returns),
+                    frames_per_s=frames / (time.time() - start))
+    run.barrier()
 
 
 def train_tokenizer(run):
     """Phase 1a: masked autoencoding of frames (eq. 5)."""
-    cfg, state, picture = run.cfg, run.load("tokenizer.pt"), run.folder / "tokenizer.png"
-    if run.is_finished("tokenizer", state):
-        return
-    data = load_data(run)
-    run.seed_phase("tokenizer")
+    cfg, data = run.cfg, Data(run)
+    run.rng("tokenizer")
     model = Tokenizer(cfg)
-    loop = Loop(run, "tokenizer", model, cfg.tokenizer_lr, state)
+    loop = Loop(run, "tokenizer", model, cfg.tokenizer_lr, run.load("tokenizer.pt"))
     B, T = cfg.tokenizer_batch, cfg.tokenizer_length
     for step in loop:
         # masked from the start, it would stay at the mean image for long
         ramp = min(1.0, step / max(cfg.mask_ramp * cfg.tokenizer_steps, 1))
-        mask_max = cfg.mask_max * (1.0 if run.round else ramp)
-        batch = {"frames": data.sample(loop.rng, B, T, ["frames"])["frames"],
-                 "mask": model.draw(B, T, mask_max)}
-        batch = run.to_device(batch)
+        mask = model.draw(B, T, cfg.mask_max * (1.0 if run.round else ramp))
+        batch = run.share(data.sample(loop.rng, B, T, ["frames"]) | {"mask": mask})
+        images = to_images(batch["frames"], run.device)
         with run.autocast():
-            images = to_images(batch["frames"], run.device)
-            loss, metrics = loop.model_in_ddp(images, batch["mask"])
+            loss, metrics = model(images, batch["mask"], valid=batch["valid"])
         loop.update(loss, metrics, B * T)
-    pairs = write_reconstructions(picture, run.for_inference(loop.ema), data.held_out)
-    score = float(np.mean([measures.psnr(*pair) for pair in pairs]))
-    run.log("tokenizer", psnr=score)
-    print0(f"[tokenizer] PSNR on held-out episodes {score:.2f} dB; see {picture}")
-    loop.save(finished=True)
+    tokenizer, truth = run.for_inference(loop.ema), data.held_out[-1]["frames"]
+    guess = decode(tokenizer, encode(tokenizer, truth)[None])[0]
+    write_video(run.folder / "tokenizer.gif", np.concatenate((truth, guess), 2))
+    run.log("tokenizer", held_out_psnr=psnr(truth, guess))
+    loop.save()
 
 
 def train_dynamics(run):
     """Phase 1b: shortcut forcing on latents (eq. 7)."""
-    cfg, state, video = run.cfg, run.load("dynamics.pt"), run.folder / "dynamics.gif"
-    if run.is_finished("dynamics", state):
-        return
-    tokenizer, data = run.load_tokenizer(), load_data(run)
-    encode_episodes(data, tokenizer, run.folder)
-    run.seed_phase("dynamics")
+    cfg, data, weights = run.cfg, Data(run), run.load("tokenizer.pt", "tokenizer")["ema"]
+    tokenizer, state = data.encode(weights), run.load("dynamics.pt")
+    run.rng("dynamics")
     model = Dynamics(cfg)
+    state["tokenizer_checksum"] = checksum(weights)
     loop = Loop(run, "dynamics", model, cfg.dynamics_lr, state)
     for step in loop:
         B, T = cfg.sequence_shapes(step)
         batch = data.sample(loop.rng, B, T, ["latents", "actions"])
-        batch = run.to_device(batch | model.draw(B, T))
+        batch = run.share(batch | model.draw(B, T))
         with run.autocast():
-            loss, metrics = loop.model_in_ddp(batch["latents"].float(), batch["actions"], batch)
+            loss, metrics = model(batch["latents"].float(), batch["actions"], batch, batch["valid"])
         loop.update(loss, metrics, B * T)
     world = Dream(run.for_inference(loop.ema), k=cfg.k)
-    write_dream(video, tokenizer, world, data.held_out, run.seed)
-    print0(f"[dynamics] dream beside the truth: {video}")
-    loop.save(finished=True)
+    write_dream(run.folder / "dynamics.gif", tokenizer, world, data.held_out, cfg.seed)
+    loop.save()
 
 
 def train_agent(run):
-    """Phase 2: agent token and heads (eq. 9), the world model trained on beside them.
-
-    Round 0 starts from dynamics.pt, later rounds from the agent of the round before.
-    """
-    cfg, state, video = run.cfg, run.load("agent.pt"), run.folder / "agent.gif"
-    if run.is_finished("agent", state):
-        return
-    tokenizer, data = run.load_tokenizer(), load_data(run)
-    encode_episodes(data, tokenizer, run.folder)
-    run.seed_phase("agent")
+    """Phase 2: agent token and heads (eq. 9), the world model trained on beside them. Round 0
+    starts from dynamics.pt, later rounds from the agent of the round before."""
+    cfg, data, state = run.cfg, Data(run), run.load("agent.pt")
+    weights = run.load("tokenizer.pt", "tokenizer")["ema"]
+    tokenizer = data.encode(weights)
+    cfg.reward_scale = cfg.reward_scale or data.scale
+    run.rng("agent")
     model = Agent(cfg)
     # the value learns in imagination
     model.value_head.requires_grad_(False)
     if not state:
-        world = run.load("dynamics.pt", "dynamics")
-        model.dynamics.load_state_dict(world["ema"])
-    extra = {"tokenizer": run.load("tokenizer.pt")["ema"]}
-    if state and "heads" in state:
-        # of the round before: policy and value go on from there in imagination
-        extra["heads"] = state["heads"]
-    loop = Loop(run, "agent", model, cfg.dynamics_lr, state, extra=extra)
+        model.dynamics.load_state_dict(run.load("dynamics.pt", "dynamics")["ema"])
+    # the heads of the round before stay in the checkpoint: imagination goes on from there
+    state |= {"tokenizer": weights, "tokenizer_checksum": checksum(weights)}
+    state.pop("prior", None)
+    loop = Loop(run, "agent", model, cfg.dynamics_lr, state)
     for step in loop:
         B, T = cfg.sequence_shapes(step)
         names = ["latents", "actions", "rewards"]
         batch = data.sample(loop.rng, B, T, names, cfg.rewarded_share)
-        batch = run.to_device(batch | model.dynamics.draw(B, T))
+        batch = run.share(batch | model.dynamics.draw(B, T))
+        rewards = batch["rewards"] / cfg.reward_scale
         with run.autocast():
-            loss, metrics = loop.model_in_ddp(
-                batch["latents"].float(), batch["actions"], batch["rewards"], batch["continues"],
-                batch)
+            loss, metrics = model(batch["latents"].float(), batch["actions"], rewards,
+                                  batch["continues"], batch, valid=batch["valid"])
         loop.update(loss, metrics, B * T)
     agent = run.for_inference(loop.ema)
-    numbers, lines = measures.reward_health(agent, data)
-    for line in lines:
-        print0(f"[agent] {line}")
-    run.log("agent", **numbers)
-    write_dream(video, tokenizer, agent.dream(cfg.k), data.held_out, run.seed)
-    loop.save(finished=True)
-
-
-class Imagination(nn.Module):
-    """The loss of phase 3 as the forward of a module that holds just what it trains, for DDP."""
-
-    def __init__(self, agent):
-        super().__init__()
-        # in a tuple: neither trained nor saved
-        self.frozen = (agent, frozen(agent.policy_head))
-        self.policy_head = agent.policy_head.requires_grad_(True)
-        self.value_head = agent.value_head.requires_grad_(True)
-
-    def forward(self, rollout, policy_weight):
-        agent, prior = self.frozen
-        return agent.imagination_loss(rollout, prior, policy_weight)
+    report_rewards(run, agent, data)
+    dream = agent.dream(cfg.k)
+    write_dream(run.folder / "agent.gif", tokenizer, dream, data.held_out, cfg.seed)
+    loop.save()
 
 
 def train_imagination(run):
     """Phase 3: policy and value head learn (eq. 10, 11) on what model and policy dream up."""
-    cfg = run.cfg
-    if run.is_finished("imagination", run.load("agent.pt")):
-        return
-    state = run.load("agent.pt", "agent")
-    data, tokenizer, agent = load_data(run), Tokenizer(cfg), Agent(cfg)
-    # that of the agent's latents: tokenizer.pt may have been trained on
-    tokenizer.load_state_dict(state["tokenizer"])
-    encode_episodes(data, run.for_inference(tokenizer), run.folder)
+    cfg, data, state, agent = run.cfg, Data(run), run.load("agent.pt", "agent"), Agent(run.cfg)
+    data.encode(state["tokenizer"])
     agent.load_state_dict(state["ema"])
     # Later rounds go on with policy and value of the round before, and with that policy as the
-    # prior: a clone of all data would pull back to the random driving in it. A resumed phase finds
-    # them under "prior".
-    begin = state.get("prior", state.get("heads", {}))
-    agent.load_state_dict(begin, strict=False)
+    # prior: a clone of all data would pull back to the random driving in it.
+    state.setdefault("prior", state.get("heads", {}))
+    agent.load_state_dict(state["prior"], strict=False)
     agent = run.for_inference(agent)
-    model = Imagination(agent)
+    prior = frozen(agent.policy_head)
     # Loop loads the newest heads, those of a resumed phase; the prior, copied here, stays.
-    extra = {"prior": begin, **{name: state[name] for name in ("tokenizer", "model", "ema")}}
-    loop = Loop(run, "imagination", model, cfg.policy_lr, state, ("heads",), extra)
+    heads = nn.ModuleDict({"policy_head": agent.policy_head, "value_head": agent.value_head})
+    loop = Loop(run, "imagination", heads.requires_grad_(True), cfg.policy_lr, state)
     # a beginner learns from easier dreams
     temperature = 1 + (cfg.temperature - 1) * min(1, (run.round + 1) / cfg.rounds)
+    B, T, names = cfg.rollouts, cfg.rollout_context, ["latents", "actions"]
     for step in loop:
-        batch = data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
-                            cfg.rewarded_share)
-        batch = run.to_device(batch)
+        batch = data.sample(loop.rng, B, T, names, cfg.rewarded_share, is_context=True)
+        batch = run.share(batch)
         # every process dreams its own dreams
         torch.manual_seed(int(loop.rng.integers(2**31)) + run.rank)
         rollout = imagine(agent, batch["latents"].float(), batch["actions"], cfg.horizon, cfg.k,
                           temperature=temperature)
-        for i in range(cfg.updates):
-            # advantages mean something only when the value does
-            policy_weight = float(step >= cfg.value_steps)
-            loss, metrics = loop.model_in_ddp(rollout, policy_weight)
-            # counted once, with the last of them
-            frames = cfg.rollouts * cfg.horizon if i + 1 == cfg.updates else 0
-            loop.update(loss, metrics, frames)
-    for line in measures.imagination_health(loop.metrics):
-        print0(f"[imagination] {line}")
-    loop.save(finished=True)
+        # advantages mean something only when the value does
+        policy_weight = float(step >= cfg.value_steps)
+        for _ in range(cfg.updates):
+            loss, metrics = agent.imagination_loss(rollout, prior, policy_weight)
+            loop.update(loss, metrics, B * cfg.horizon / cfg.updates)
+    report_imagination(run, loop.metrics)
+    loop.save()
+
+
+TRAINERS = {"tokenizer": train_tokenizer, "dynamics": train_dynamics, "agent": train_agent,
+            "imagination": train_imagination}
+
+
+def train(run, phase):
+    """Trains a phase, unless it has finished; one that has begun needs the tokenizer of then."""
+    state = begun = run.load(FILES[phase])
+    if run.is_past(phase, state):
+        print(f"[{phase}] round {run.round} finished before")
+        return
+    if phase == "agent" and not state:
+        begun = run.load("dynamics.pt")
+    goes_on = begun and (begun["phase"] in (phase, "dynamics") and begun["round"] == run.round)
+    if goes_on and phase in ("dynamics", "agent"):
+        tokenizer = run.load("tokenizer.pt", "tokenizer")
+        if begun["tokenizer_checksum"] != checksum(tokenizer["ema"]):
+            raise ValueError(f"{run.folder / FILES[begun['phase']]} was trained on the latents of "
+                             "another tokenizer.pt; delete it to train it anew")
+    TRAINERS[phase](run)
+    # no process reads a checkpoint before it is there
+    run.barrier()
 
 
 def run_all(run):
     """collect -> tokenizer -> dynamics -> agent -> imagination, in rounds; then evaluate."""
-    cfg, agent = run.cfg, run.folder / "agent.pt"
-    for run.round in range(cfg.rounds):
+    cfg, begun = run.cfg, run.load("agent.pt").get("round", 0)
+    for run.round in range(begun, cfg.rounds):
         if cfg.env:
-            collect(run, agent if run.round else None)
-        barrier()
-        train_tokenizer(run)
+            collect(run)
         # in later rounds the dynamics goes on learning within the agent
-        if run.round == 0:
-            train_dynamics(run)
-        train_agent(run)
-        train_imagination(run)
+        for phase in ("tokenizer", "agent", "imagination") if run.round else TRAINERS:
+            train(run, phase)
     result = run.folder / "eval.json"
-    if result.is_file() and result.stat().st_mtime > agent.stat().st_mtime:
-        print0("[evaluate] finished before; --phase evaluate does it again")
-        return
-    if is_main_process():
-        dream(run, agent, 48, run.folder / "dream.gif")
+    if result.exists() and result.stat().st_mtime > (run.folder / "agent.pt").stat().st_mtime:
+        print("[evaluate] finished before; --phase evaluate does it again")
+    elif run.rank == 0:
+        dream(run)
         if cfg.env:
-            evaluate(run, agent, run.folder / "policy.gif")
+            evaluate(run)
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluate and dream
+# ---- Evaluate and dream; what the model says of itself -------------------------------------------
 
-def held_out_episodes(run, tokenizer, agent):
-    """Held-out episodes with latents; where the run has no data, four that the policy plays."""
-    if len(list(run.folder.glob("data/*.npz"))) >= 2:
-        data = load_data(run)
-        encode_episodes(data, tokenizer, run.folder)
-        return data.held_out
-    print0(f"{run.folder / 'data'} holds no episodes: the policy plays 4 for contexts")
-    seeds = [EVALUATION_SEEDS - 1 - i for i in range(4)]
-    policy = AgentPolicy(tokenizer, agent, run.cfg, run.seed, run.cfg.policy_random)
-    episodes = [episode for _, episode in play(run.cfg, policy, seeds)]
-    for episode in episodes:
-        episode["latents"] = encode(tokenizer, episode["frames"])
-    return episodes
+@torch.no_grad()
+def predict(agent, episode, chunk=32):
+    """Streams an episode with latents through the agent -> for every frame the reward that it
+    expects to have come with it (T,), and the value (T,), both divided by reward_scale."""
+    stream, device, pieces = agent.dream(k=1), next(agent.parameters()).device, []
+    for t in range(0, len(episode["rewards"]), chunk):
+        z, actions = (torch.as_tensor(episode[name][None, t:t + chunk], device=device)
+                      for name in ("latents", "actions"))
+        h = stream.observe(z.float(), actions)
+        pieces.append(torch.cat((agent.reward(h), agent.value(h))).cpu().numpy())
+    return np.concatenate(pieces, 1)
 
 
-def evaluate(run, path, video):
-    """Policy, cloned policy and random policy on the same unseen seeds; the model's measures."""
-    start, cfg = time.time(), run.cfg
-    tokenizer, agent, cloned = run.load_agent(path)
+def correlation(a, b):
+    """Pearson's correlation of two lists of arrays; 0 where one of them is constant."""
+    a, b = (np.concatenate(arrays, dtype=float) for arrays in (a, b))
+    return float(np.corrcoef(a, b)[0, 1]) if min(np.ptp(a), np.ptp(b)) > 0 else 0.0
+
+
+def real_returns(episode, gamma):
+    """The discounted return that came after every frame, where it is known: of an episode that a
+    time limit cut, not in its last two horizons 1 / (1 - γ), at most its second half."""
+    T = len(episode["rewards"])
+    returns = np.zeros(T)
+    for t in reversed(range(T - 1)):
+        returns[t] = episode["rewards"][t + 1] + gamma * returns[t + 1]
+    cut = 1 if episode["terminal"] else min(round(2 / max(1 - gamma, 1e-6)), T // 2)
+    return returns[:T - cut]
+
+
+def report_rewards(run, agent, data):
+    """What the reward head can know, and does; a warning where that is nothing."""
+    predicted = [predict(agent, e)[0][1:] for e in data.held_out]
+    real, spread = data.rewards.std(), np.concatenate(predicted).std() * run.cfg.reward_scale
+    run.log("agent", rewards_not_zero=(data.rewards != 0).mean(), usual_reward=data.usual_reward,
+            reward_std=real, predicted_std=spread,
+            reward_corr=correlation(predicted, [e["rewards"][1:] for e in data.held_out]))
+    # a constant reward teaches where episodes can end: to make them last, or stop
+    if real == 0 and not (data.usual_reward and any(e["terminal"] for e in data.train)):
+        print("[agent] WARNING: all returns are equal: phases 2 and 3 can only clone; bring data "
+              "with rewards")
+    elif spread < 0.1 * real:
+        print("[agent] WARNING: the reward head is nearly constant; try another --run with more "
+              "--agent_steps or a larger --rewarded_share")
+
+
+def report_imagination(run, metrics):
+    """Whether PMPO has good and bad actions to tell apart."""
+    if not 0.02 < metrics["good"] < 0.98:
+        print("[imagination] WARNING: D+ or D- is nearly empty, which teaches nothing; try another "
+              "--run with more --agent_steps, if rewards are not predicted, or --value_steps")
+
+
+def evaluate(run):
+    """Random, cloned and dreamed policy on the same unseen seeds; tokenizer and heads on what the
+    last one saw there."""
+    cfg, video = run.cfg, Path(run.record or run.folder / "policy.gif")
+    table, (tokenizer, agent, cloned) = run.folder / "episodes.csv", run.load_agent()
     clone = frozen(agent)
     clone.policy_head = cloned
-    policies = {"random": RandomPolicy(cfg, run.seed),
-                "bc": AgentPolicy(tokenizer, clone, cfg, run.seed),
-                "return": AgentPolicy(tokenizer, agent, cfg, run.seed)}
-    seeds = [EVALUATION_SEEDS + run.seed * 1000 + i for i in range(cfg.eval_episodes)]
-    results, rows = {}, ["policy,seed,return,length"]
+    policies = {"random": RandomPolicy(cfg, cfg.seed),
+                "bc": AgentPolicy(tokenizer, clone, cfg, cfg.seed),
+                "return": AgentPolicy(tokenizer, agent, cfg, cfg.seed)}
+    first = EVALUATION_SEEDS + 1000 * cfg.seed
+    seeds = list(range(first, first + cfg.eval_episodes))
+    # found out now, not after minutes: a place where one may not write
+    for path in (video, table):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+    results, rows = {}, "policy,seed,return,length\n"
     for name, policy in policies.items():
-        played = dict(play(cfg, policy, seeds))
-        for seed, episode in played.items():
-            total, steps = episode["rewards"].sum(), len(episode["rewards"]) - 1
-            rows.append(f"{name},{seed},{total:.3f},{steps}")
-        episodes = list(played.values())
-        mean, error = measures.mean_return(episodes)
-        results |= {f"{name}_mean": mean, f"{name}_se": error}
-        print0(f"[evaluate] {name}: {mean:.1f} ± {error:.1f} over {len(episodes)} episodes")
-    # from here on `episodes` are those of the policy that was trained in dreams
-    torch.manual_seed(run.seed)
-    for episode in episodes:
-        episode["latents"] = encode(tokenizer, episode["frames"])
-    held_out = held_out_episodes(run, tokenizer, agent)
-    model, health = measures.model_measures(tokenizer, agent, held_out, episodes, cfg, run.seed)
-    for line in health:
-        print0(f"[evaluate] {line}")
-    # first: the place that a user names may not be writable
-    reconstruction = decode(tokenizer, episodes[0]["latents"][None])[0]
-    write_video(video, np.concatenate((episodes[0]["frames"], reconstruction), 2), fps=20)
-    table = "\n".join(rows) + "\n"
-    write_file(run.folder / "episodes.csv", lambda file: file.write(table.encode()))
-    results |= model | {"wall_s": time.time() - start}
-    text = to_json({name: round(value, 4) for name, value in results.items()})
+        episodes = [episode for _, episode in play(cfg, policy, seeds)]
+        returns = np.array([e["rewards"].sum() for e in episodes], float)
+        for seed, total, e in zip(seeds, returns, episodes):
+            rows += f"{name},{seed},{total:.6g},{len(e['rewards']) - 1}\n"
+        error = returns.std(ddof=min(1, len(returns) - 1)) / len(returns) ** 0.5
+        results |= {f"{name}_mean": returns.mean(), f"{name}_se": error,
+                    f"{name}_median": np.median(returns)}
+        print(f"[evaluate] {name}: {returns.mean():.4g} ± {error:.2g}")
+    # tokenizer and heads, on the last policy's drives
+    torch.manual_seed(cfg.seed)
+    pairs = defaultdict(list)
+    for e in episodes:
+        e["latents"] = encode(tokenizer, e["frames"])
+        rewards, values = predict(agent, e)
+        returns = real_returns(e, cfg.gamma)
+        pairs["frames"].append((e["frames"], decode(tokenizer, e["latents"][None])[0]))
+        pairs["rewards"].append((rewards[1:], e["rewards"][1:]))
+        pairs["values"].append((values[:len(returns)], returns))
+    results |= {"tokenizer_psnr": np.mean([psnr(*pair) for pair in pairs["frames"]]),
+                "reward_corr": correlation(*zip(*pairs["rewards"])),
+                "value_corr": correlation(*zip(*pairs["values"]))}
+    write_video(video, np.concatenate(pairs["frames"][0], 2), fps=20)
+    write_file(table, lambda file: file.write(rows.encode()))
+    text = json.dumps({name: float(f"{x:.5g}") for name, x in results.items()})
     # last: it says that the evaluation has finished
     write_file(run.folder / "eval.json", lambda file: file.write(f"{text}\n".encode()))
-    print0(text)
+    print(text)
 
 
-def dream(run, path, length, video):
-    """A video of dreams beside held-out episodes."""
-    tokenizer, agent, _ = run.load_agent(path)
-    episodes = held_out_episodes(run, tokenizer, agent)
-    write_dream(video, tokenizer, agent.dream(run.cfg.k), episodes, run.seed, length, agent)
-    print0(f"[dream] {video}: truth above, dream below, same actions; the policy goes on where "
-           "the truth ends")
+def dream(run):
+    """A video of dreams beside held-out episodes; without data, beside four that are played."""
+    cfg, video = run.cfg, run.record or run.folder / "dream.gif"
+    tokenizer, agent, _ = run.load_agent()
+    if (run.folder / "data").exists():
+        episodes = Data(run).held_out
+    else:
+        seeds = [EVALUATION_SEEDS - 1 - i for i in range(4)]
+        episodes = [e for _, e in play(cfg, AgentPolicy(tokenizer, agent, cfg, cfg.seed), seeds)]
+    for e in episodes:
+        e["latents"] = encode(tokenizer, e["frames"])
+    write_dream(video, tokenizer, agent.dream(cfg.k), episodes, cfg.seed, length=48)
+    print(f"[dream] {video}: truth above, dream below, same actions")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
 
-@in_one_line()
+def parse(arguments=None):
+    """Flags -> (args, config): settings of the checkpoint, the run or the preset, flags on top."""
+    def numbers(text):
+        return tuple(int(part) for part in text.replace("x", ",").split(","))
+
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--phase PHASE] [--FLAG VALUE ...]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--phase", choices=PHASES, default="all")
+    parser.add_argument("--run", help="folder; default: runs/default, or runs/NAME of a NAME.pt")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    parser.add_argument("--checkpoint", help="an agent.pt to evaluate or dream with")
+    parser.add_argument("--record", help="evaluate, dream: the video to write, .gif or .mp4")
+    def boolean(text):
+        return bool(("false", "true").index(text.lower()))
+
+    types = {bool: boolean, float: float, int: int, str: str}
+    for field in fields(TrainConfig):
+        kind, choices = types.get(field.type, numbers), PRESETS if field.name == "preset" else None
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices,
+                            default=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    names = [field.name for field in fields(TrainConfig)]
+    given = {name: value for name, value in vars(args).items() if name in names}
+    args.run = args.run or f"runs/{Path(args.checkpoint).stem if args.checkpoint else 'default'}"
+    path = Path(args.run) / "config.json"
+    with naming(path):
+        saved = json.loads(path.read_text()) if path.exists() else {}
+    if args.checkpoint:
+        with naming(args.checkpoint):
+            settings = torch.load(args.checkpoint, "cpu", weights_only=True)["config"]
+    elif saved:
+        settings = saved
+    else:
+        settings = dict(PRESETS[given.get("preset", "cpu")])
+        if "CarRacing" in given.get("env", TrainConfig.env):
+            settings["action_repeat"] = 4
+    if args.checkpoint or saved:
+        # from before there was a scale; others know theirs
+        settings = {"reward_scale": 1.0} | settings
+    # a checkpoint of before may have settings that are no more
+    cfg = TrainConfig(**{name: x for name, x in settings.items() if name in names} | given)
+    if cfg.env and not saved and not args.checkpoint:
+        env = make_env(cfg)
+        cfg.action_spec = action_sizes(env.action_space, cfg.action_bins)
+        env.close()
+    # the scale is 0 until the agent has begun
+    check_same(path, saved, cfg, ORIGIN | {"reward_scale"} if saved.get("reward_scale") else ORIGIN)
+    return args, cfg
+
+
 def main(arguments=None):
-    limit_memory()
-    args = flags.parse(arguments, __doc__, PRESETS, TrainConfig)
-    if args.phase not in READ_ONLY:
-        init_distributed(args.device)
-    elif is_launched() and os.environ["RANK"] != "0":
-        return
-    if args.preset == "paper" and args.phase == "bench":
-        return bench.costs(flags.make_config(TrainConfig, PRESETS["paper"] | args.settings))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # noted here, looked at between two steps; a second one changes nothing
-        signal.signal(number, lambda signum, _: STOP.append(signum))
-    start, run = time.time(), flags.open_run(args, PRESETS, TrainConfig)
-    agent = Path(args.checkpoint or run.folder / "agent.pt")
-    # all have read config.json before the main process writes it
-    barrier()
-    if args.phase in ("agent", "imagination") and (run.folder / "agent.pt").exists():
-        run.round = load_checkpoint(run.folder / "agent.pt")["round"]
-    phases = {"tokenizer": train_tokenizer, "dynamics": train_dynamics, "agent": train_agent,
-              "imagination": train_imagination, "all": run_all}
-    if args.phase in phases:
-        phases[args.phase](run)
-    elif args.phase == "collect":
-        # by hand: beyond the episodes of all rounds
-        hand = (SEEDS_PER_RUN // 2, args.episodes or run.cfg.round_episodes)
-        collect(run, args.policy, *(hand if args.policy else ()))
-    elif args.phase == "evaluate":
-        evaluate(run, agent, args.record or run.folder / "policy.gif")
-    elif args.phase == "dream":
-        dream(run, agent, args.length, args.record or run.folder / "dream.gif")
-    elif args.phase == "play":
-        tokenizer, model, _ = run.load_agent(agent)
-        episodes = held_out_episodes(run, tokenizer, model)
-        serve(Player(tokenizer, model, episodes, run.cfg), args.port, lambda: bool(STOP))
-    elif args.phase == "bench":
-        bench.bench(run, play, RandomPolicy(run.cfg, 0))
-    # the last line of the others is their result as JSON
-    if args.phase not in ("evaluate", "bench", "all"):
-        print0(f"[{args.phase}] done in {(time.time() - start) / 60:.1f} min")
-    if dist.is_initialized():
-        barrier()
+    args, cfg = parse(arguments)
+    run = Run(args, cfg)
+    if args.phase in ("evaluate", "dream"):
+        return {"evaluate": evaluate, "dream": dream}[args.phase](run) if run.rank == 0 else None
+    if args.checkpoint:
+        raise ValueError("--checkpoint is for --phase evaluate and --phase dream")
+    if run.rank == 0:
+        # Two trainings would mix their files. The lock ends with the process, however that ends.
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run.folder / ".lock", "a")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process trains in {run.folder}") from error
+        # of a process that was killed
+        for path in run.folder.glob(".*.pt.*.part"):
+            path.unlink()
+    # also refuses another architecture than that of a checkpoint
+    states = [run.load(name) for name in ("tokenizer.pt", "dynamics.pt", "agent.pt")]
+    if args.phase in ("agent", "imagination"):
+        run.round = states[-1].get("round", 0)
+    if args.phase == "collect":
+        collect(run)
+    elif args.phase == "all":
+        run_all(run)
+    else:
+        train(run, args.phase)
+    if run.world_size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(line_buffering=True)
+    # it would say in five lines what the error says
+    gym.logger.min_level = gym.logger.ERROR + 1
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues")
+    except Exception as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: {text[:500]} (TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(2)
