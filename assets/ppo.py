@@ -11,18 +11,19 @@ evaluated on the same tracks as a run of train.py with this seed. Adds rows to r
 return of the last 40 episodes while it learns, and at the end the means over the tracks of the most
 probable actions and of sampled ones.
 """
+import argparse
 import csv
 import functools
+import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import train
-from assets.files import fail, in_one_line, new_parser
-from assets.report import FRAMES, PPO_TABLE, mean_and_error
+from assets.report import ASSETS, FRAMES, mean_and_error
 
 COLUMNS = ("seed", "frames", "minutes", "what", "episodes", "return_mean", "return_se",
            "return_median")
@@ -43,22 +44,23 @@ def evaluate(model, make, cfg, seed, deterministic):
     return returns
 
 
-@in_one_line()
 def main(arguments=None):
-    parser = new_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="training seed, as of train.py")
     parser.add_argument("--frames", type=int, default=FRAMES, help="agent frames, 4 steps each")
     parser.add_argument("--minutes", type=float, help="train so long, however many frames")
-    parser.add_argument("--out", type=Path, default=PPO_TABLE)
+    parser.add_argument("--out", type=Path, default=ASSETS / "results/ppo.csv")
     args = parser.parse_args(arguments)
     try:
         from stable_baselines3 import PPO
         from stable_baselines3.common.vec_env import (SubprocVecEnv, VecFrameStack, VecMonitor,
                                                       VecNormalize)
-    except ImportError as error:
-        fail(f"{error}; run: pip install stable-baselines3")
-    cfg, start = train.TrainConfig(**train.PRESETS["cpu"]), time.time()
-    make = functools.partial(train.PixelEnv, cfg)
+    except ImportError:
+        sys.exit("error: PPO needs Stable-Baselines3; run: pip install stable-baselines3")
+    # the settings of the cpu preset, not those of runs/default
+    _, cfg = train.parse(["--preset", "cpu", "--run", os.devnull])
+    start, make = time.time(), functools.partial(train.PixelEnv, cfg)
     env = VecMonitor(SubprocVecEnv([make] * cfg.envs))
     env.seed(args.seed * train.SEEDS_PER_RUN)
     env = VecNormalize(VecFrameStack(env, 4), norm_obs=False, gamma=0.99)
