@@ -866,7 +866,9 @@ def test_two_processes_equal_one_here_with_recorded_data(tmp_path):
     ("*", '--env_kwargs {"picture":"(7,7,7)"}', "same picture --env"),
     *[("*", f'--env_kwargs {{"reward":"{reward}"}}', "reward") for reward in (
         "np.ones(2)", "None", "np.nan")],
-    ("*", '--env_kwargs {"nonsense":1}', "nonsense"), ("*", "--env Nowhere-v0", "Nowhere"),
+    ("*", '--env_kwargs {"nonsense":1}', "nonsense"),
+    ("*", "--env Nowhere-v0", "Nowhere package:id"), ("-", "--checkpoint a.pt", "a.pt"),
+    ({"rewards": np.full(12, np.nan, np.float32)}, "--phase dynamics", "0.npz rewards finite"),
     ({"frames": None, "seen": 0}, "--phase dynamics", "0.npz seen frames actions rewards terminal"),
     ({"frames": np.zeros((12, 8, 8, 3), np.uint8)}, "--phase dynamics", "0.npz frames 16"),
     ({"frames": np.zeros((12, 16, 16, 3))}, "--phase dynamics", "0.npz frames float64 uint8"),
@@ -894,6 +896,13 @@ def test_a_loss_that_is_not_finite_ends_a_phase_and_leaves_its_last_checkpoint(
     refused([*FLAGS, *flags], "not finite tokenizer_lr")
     state = load(copied, "tokenizer.pt")
     assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_an_evaluation_finds_out_first_that_it_may_not_write(copied, monkeypatch):
+    # it does not come so far as to play
+    monkeypatch.setattr(train, "play", None)
+    with pytest.raises(OSError):
+        main("--phase", "evaluate", "--run", copied, "--record", copied / "config.json/a.gif")
 
 
 def test_a_checkpoint_alone_is_enough_without_optimizers_in_half_precision(toy_run, tmp_path):
