@@ -791,8 +791,7 @@ class Loop:
             averages, weights = list(self.ema.parameters()), list(self.model.parameters())
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 1 - decay)
-        self.metrics = {name: float(value) for name, value in metrics.items()}
-        self.frames += frames
+        self.metrics, self.frames = metrics, self.frames + frames
 
 
 # ---- The phases ----------------------------------------------------------------------------------
@@ -1099,6 +1098,9 @@ def parse(arguments=None):
     def numbers(text):
         return tuple(int(part) for part in text.replace("x", ",").split(","))
 
+    def boolean(text):
+        return bool(("false", "true").index(text.lower()))
+
     parser = argparse.ArgumentParser(
         usage="python train.py [--phase PHASE] [--FLAG VALUE ...]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -1107,9 +1109,6 @@ def parse(arguments=None):
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--checkpoint", help="an agent.pt to evaluate or dream with")
     parser.add_argument("--record", help="evaluate, dream: the video to write, .gif or .mp4")
-    def boolean(text):
-        return bool(("false", "true").index(text.lower()))
-
     types = {bool: boolean, float: float, int: int, str: str}
     for field in fields(TrainConfig):
         kind, choices = types.get(field.type, numbers), PRESETS if field.name == "preset" else None
