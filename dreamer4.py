@@ -81,7 +81,6 @@ class Config:
     separate_images: float = 0.3  # share of sequences treated as images without a past (paper)
     context_signal: float = 0.9   # signal level of past frames in use: 10 % noise (paper)
     context_share: float = 0.75   # share of training frames at context_signal (ours; paper: 0)
-    checkpointing: bool = False   # recompute activations in the backward pass: slower, less memory
     # agent (section 3.3)
     tasks: int = 1                # task embeddings (ours: one task)
     distances: int = 8            # multi-token prediction, n = 0 ... L-1 (paper: 8)
@@ -97,7 +96,7 @@ class Config:
         # A checkpoint or a command line may bring lists.
         self.image_size, self.action_spec = tuple(self.image_size), tuple(self.action_spec)
         # Counts are at least 1 (0 if that is the default); shares, discounts, rates in [0, 1].
-        for field in [field for field in fields(self) if field.type not in (bool, str)]:
+        for field in [field for field in fields(self) if field.type is not str]:
             value, is_share = getattr(self, field.name), field.type is float
             low = 0 if is_share or field.default == 0 else 1
             high = 1 if is_share and field.name not in unbounded else math.inf
@@ -212,9 +211,10 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x, mask, pos=None, ring=None):
-        """x (B, T, S, D) -> the same shape; mask, for space layers (S, S) or None, for time layers
-        (T, U) or (B, 1, T, U); pos (T,): frame indices; ring: of a Cache, which takes in x."""
+    def forward(self, x, mask, pos=None, ring=None, unread=0):
+        """x (B, T, S, D) -> the same without the first `unread` tokens of every frame, which space
+        layers can leave out; mask, for space layers (S, S) or None, for time layers (T, U) or
+        (B, 1, T, U); pos (T,): frame indices; ring: of a Cache, which takes in x."""
         B, T, S, D = x.shape
         # Linear layers see contiguous (B, T, S, D). Attention runs over the axis before the last:
         # frames (one sequence per token position) or tokens (one sequence per frame).
@@ -232,6 +232,10 @@ class Block(nn.Module):
             C, new = ring.shape[-2], torch.stack((k, v))  # (2, R, G, T, E)
             k, v = torch.cat((ring.flatten(1, 2), new), 3)  # (R, G, U, E) each
             ring[..., pos[-C:] % C, :] = new[..., -C:, :].unflatten(1, (B, S)).detach()
+        if unread:
+            # What nobody reads is seen, but sees nothing.
+            q, x = q[..., unread:, :], x[:, :, unread:]
+            mask = None if mask is None else mask[unread:]
         y = attend(q, k, v, mask).unflatten(0, (B, -1))
         y = y.permute((0, 3, 1, 2, 4) if self.over_time else (0, 1, 3, 2, 4))
         x = x + self.attn_out(y.flatten(-2))
@@ -250,12 +254,11 @@ class Cache:
 
 class Transformer(nn.Module):
     """Space layers and, every `time_every` layers, a causal banded time layer (section 3.4)."""
-    def __init__(self, width, depth, heads, kv_heads, context, config):
+    def __init__(self, width, depth, heads, kv_heads, context, time_every):
         super().__init__()
-        self.context, self.checkpointing = context, config.checkpointing
-        self.blocks = nn.ModuleList()
+        self.context, self.blocks = context, nn.ModuleList()
         for i in range(depth):
-            over_time = i % config.time_every == config.time_every - 1
+            over_time = i % time_every == time_every - 1
             self.blocks.append(Block(width, heads, kv_heads, over_time))
         for block in self.blocks:
             for layer in (block.qkv, block.mlp_in):
@@ -281,21 +284,17 @@ class Transformer(nn.Module):
         if separate is not None:
             alone = torch.eye(T, dtype=torch.bool, device=x.device)
             time = torch.where(separate[:, None, None, None], alone, time)  # (B, 1, T, T)
+        # After the last layer over space, tokens do not mix: it leaves out what nobody reads.
+        last = max((i for i, block in enumerate(self.blocks) if not block.over_time), default=-1)
         for i, block in enumerate(self.blocks):
-            if block is self.blocks[-1] and block.over_time:
-                # Over time, tokens do not mix: the last layer can leave out what nobody reads.
-                x, unread = x[:, :, unread:], 0
-            ring = None
+            ring, left_out = None, unread if i == last else 0
             if cache is not None and block.over_time:
                 size = (2, B, x.shape[2], block.kv_heads, C, D // block.heads)
                 # A pass without the agent token, the last of a frame, leaves out its slots.
                 ring = cache.layers.setdefault(i, x.new_zeros(size))[:, :, :x.shape[2]]
-            arguments = (x, time if block.over_time else space, query_pos, ring)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
-        return x[:, :, unread:]
+            mask = time if block.over_time else space
+            x = block(x, mask, query_pos, ring, left_out)
+        return x[:, :, unread - S:]
 
 
 def learned_embedding(*shape):
@@ -357,7 +356,7 @@ class Tokenizer(nn.Module):
         self.latent_tokens = learned_embedding(N, D)
         self.queries, self.latent_pos = learned_embedding(P, D), learned_embedding(N, D)
         heads, context = config.tokenizer_heads, config.tokenizer_context
-        size = (D, config.tokenizer_depth, heads, heads, context, config)
+        size = (D, config.tokenizer_depth, heads, heads, context, config.time_every)
         self.encoder, self.decoder = Transformer(*size), Transformer(*size)
         # Without the norm before the bottleneck, tanh saturates.
         self.to_latent = nn.Sequential(RMSNorm(D), linear(D, config.latent_channels))
@@ -520,7 +519,7 @@ class Dynamics(nn.Module):
         self.latent_pos = learned_embedding(self.packed, D)
         self.registers = learned_embedding(config.registers, D)
         self.transformer = Transformer(
-            D, config.depth, config.heads, config.kv_heads, config.context, config)
+            D, config.depth, config.heads, config.kv_heads, config.context, config.time_every)
         self.out_norm, self.latent_out = RMSNorm(D), linear(D, packed_channels)
         for table in (self.action_table, self.signal, self.step):
             nn.init.normal_(table.weight, std=0.5)

@@ -28,8 +28,8 @@ from torch.testing import assert_close
 import dreamer4
 import train
 from dreamer4 import (Agent, Block, Cache, Config, Dream, Dynamics, LossNorm, Tokenizer, attend,
-                      frozen, generate, imagine, lambda_returns, pmpo_loss, sample_signal_and_step,
-                      symexp, two_hot, two_hot_mean)
+                      Transformer, frozen, generate, imagine, lambda_returns, pmpo_loss,
+                      sample_signal_and_step, symexp, two_hot, two_hot_mean)
 
 # Several would only wait for each other on models so small, and ten times as long on a busy machine
 torch.set_num_threads(1)
@@ -163,6 +163,14 @@ def test_who_sees_whom(name, blind):
             assert right.all(), f"{query} {j} after a change of {key} {i} in frame 0"
 
 
+# All layers are over time, the last one, the one before it, none.
+@pytest.mark.parametrize("time_every, depth", [(1, 2), (2, 2), (2, 3), (3, 2)])
+def test_tokens_that_nobody_reads_are_seen_all_the_same(time_every, depth):
+    net, x = Transformer(32, depth, 4, 2, 3, time_every), torch.randn(2, 5, 6, 32)
+    for groups in ((("world", 6),), (("latent", 4), ("query", 2)), (("patch", 4), ("latent", 2))):
+        assert_close(net(x, groups, unread=4), net(x, groups)[:, :, 4:])
+
+
 # ---- Time: causal, banded, and the same in a stream ----------------------------------------------
 @pytest.mark.parametrize("C", [1, 3])
 @NETWORKS
@@ -208,17 +216,14 @@ def test_passes_that_are_not_counted_see_the_stream_and_leave_no_trace():
     assert all(torch.equal(ring, untouched.layers[i]) for i, ring in cache.layers.items())
 
 
-def test_every_parameter_is_trained_as_every_level_and_size_and_checkpointing_changes_nothing():
+def test_every_parameter_is_trained_as_is_every_level_and_size():
     dynamics, z, actions = new_dynamics(32, 8)
     tables, draws = [dynamics.signal.weight, dynamics.step.weight], dynamics.draw(32, 8)
-    gradients = []
     assert [len(table) for table in tables] == [8, 4]  # τ is 0 ... 7/8, d is 1, 1/2, 1/4, 1/8
-    for dynamics.transformer.checkpointing in (False, True):
-        loss = dynamics.loss(z, actions, draws)[0][0]
-        gradients.append(torch.autograd.grad(loss, [*tables, *dynamics.parameters()]))
-    assert all(gradient.any() for gradient in gradients[0])
-    assert all(gradient.any(1).all() for gradient in gradients[0][:2])
-    assert_close(*gradients)
+    loss = dynamics.loss(z, actions, draws)[0][0]
+    gradients = torch.autograd.grad(loss, [*tables, *dynamics.parameters()])
+    assert all(gradient.any() for gradient in gradients)
+    assert all(gradient.any(1).all() for gradient in gradients[:2])
 
 
 # ---- 1. Tokenizer --------------------------------------------------------------------------------
@@ -771,6 +776,28 @@ def test_a_copy_of_the_two_files_in_an_empty_folder_runs_to_its_end_and_imports_
 
 
 # ---- Rounds, exact resume, several processes -----------------------------------------------------
+@torch.no_grad()
+def test_blocks_are_compiled_for_long_phases_if_there_is_a_compiler(tmp_path, monkeypatch):
+    from torch._inductor import config as inductor
+    cfg = toy(tokenizer_steps=200, dynamics_steps=199)
+    run, model = new_run(tmp_path, cfg), torch.nn.Sequential(Block(32, 4, 2, over_time=False))
+    (block,), x = model, torch.randn(2, 3, 5, 32)
+    y, graphs = block(x, None), torch._dynamo.utils.counters["stats"]
+    assert not run.compile("dynamics", model) and run.compile("tokenizer", model)
+    before = graphs["unique_graphs"]
+    assert_close(block(x, None), y)
+    assert graphs["unique_graphs"] == before + 1
+    # as on a machine without one, that has compiled nothing yet
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-compiler",))
+    assert not run.compile("tokenizer", model)
+    cfg.compile = "true"
+    assert run.compile("dynamics", model)
+    with pytest.raises(RuntimeError, match="no-compiler"):
+        block(x, None)
+
+
 def test_a_new_round_goes_on_with_policy_and_value_beside_a_new_clone_and_in_hotter_dreams(
         copied, monkeypatch):
     before, temperatures, masked = load(copied, "agent.pt")["heads"], [], []

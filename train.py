@@ -96,11 +96,13 @@ class TrainConfig(Config):
     weight_decay: float = 0.01      # weight decay of the blocks' matrices
     ema: float = 0.99               # decay of the averaged weights; imagination has none
     eval_episodes: int = 20         # real episodes per policy in evaluation
-    compile: bool = False           # torch.compile every transformer block (needs a C++ compiler)
+    compile: str = "auto"           # blocks by torch.compile: "true", "false", "auto" (see Run)
     save_seconds: float = 120.0     # time between checkpoints
 
     def __post_init__(self):
         super().__post_init__(("beta", "reward_scale", "temperature", "save_seconds"))
+        # before there was "auto" it was a bool
+        self.compile = str(self.compile).lower()
         if not self.env:
             # nobody collects more of recorded data
             self.rounds = 1
@@ -117,8 +119,8 @@ class TrainConfig(Config):
 
 
 # Of Config, what may change while a run goes on; all else in it is the architecture.
-TUNABLE = {"mask_max", "shortcut_every", "separate_images", "checkpointing", "context_share",
-           "unimix", "gamma", "lam", "alpha", "beta"}
+TUNABLE = {"mask_max", "shortcut_every", "separate_images", "context_share", "unimix", "gamma",
+           "lam", "alpha", "beta"}
 ARCHITECTURE = {field.name for field in fields(Config)} - TUNABLE
 # What the episodes and random numbers of a run come from: it may not change, either.
 ORIGIN = {"preset", "seed", "env", "env_kwargs", "action_bins", "action_repeat", "image_size",
@@ -146,7 +148,7 @@ PRESETS = {
         depth=12, heads=8, registers=4, context=24, batch_size=64, tokenizer_batch=16,
         tokenizer_steps=5000, dynamics_steps=40000, agent_steps=5000, imagination_steps=1000,
         rollouts=256, head_width=512, collect_episodes=1000, envs=16, round_episodes=200,
-        tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999, compile=True),
+        tokenizer_lr=5e-4, dynamics_lr=5e-4, ema=0.999),
     # 64x64 MineRL recordings, the sizes of an earlier implementation; not measured yet
     "minerl": dict(
         latent_channels=32, tokenizer_width=256, tokenizer_depth=6, tokenizer_heads=8, depth=6,
@@ -223,6 +225,25 @@ class Run:
         module = frozen(module).to(self.device)
         getattr(module, "dynamics", module).to(self.dtype)
         return module
+
+    def compile(self, phase, model):
+        """torch.compile for the transformer blocks of a model, unless a phase is too short to earn
+        back the minute or two that it takes, or there is no compiler. Returns whether."""
+        wanted = self.cfg.compile
+        if wanted == "auto" and getattr(self.cfg, f"{phase}_steps") >= 200:
+            try:
+                torch.compile(torch.neg)(torch.ones(1, device=self.device))
+                wanted = "true"
+            except Exception:
+                # whatever is missing; --compile true says it
+                torch._dynamo.reset()
+        if wanted == "true":
+            # the blocks share graphs, more than the 8 after which PyTorch stops compiling
+            torch._dynamo.config.recompile_limit = 64
+            for block in model.modules():
+                if isinstance(block, Block):
+                    block.compile(dynamic=False)
+        return wanted == "true"
 
     def require(self, is_there, what, phase):
         if not is_there:
@@ -662,16 +683,16 @@ def write_video(path, frames, fps=12):
 # ---- The training loop: optimizers, averaged weights, learning rate, log, checkpoints ------------
 
 def orthogonalize(x, dtype, steps=5):
-    """x (n, rows, columns) -> U V^T of each matrix's SVD, roughly: its singular values near 1."""
+    """x (rows, columns) -> U V^T of its SVD, roughly: its singular values near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    is_tall = x.shape[1] > x.shape[2]
-    # the smaller product of a matrix with itself
+    is_tall = x.shape[0] > x.shape[1]
+    # the smaller product of the matrix with itself
     x = (x.mT if is_tall else x).to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm().clamp(min=1e-7)
     # Newton-Schulz: a x + b (x x^T) x + c (x x^T)^2 x
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
 
 
@@ -685,20 +706,14 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        [group], by_shape = self.param_groups, defaultdict(list)
+        [group] = self.param_groups
         for p in group["params"]:
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            by_shape[p.shape].append(p)
-        # all matrices of one shape at once
-        for shape, matrices in by_shape.items():
-            grads = [p.grad for p in matrices]
-            buffers = [self.state[p]["momentum_buffer"] for p in matrices]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
-            update = orthogonalize(update, self.dtype).to(update.dtype)
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            step = group["lr"] * 0.2 * max(shape) ** 0.5
-            torch._foreach_add_(matrices, list(update.unbind()), alpha=-step)
+            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            buffer.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(buffer, group["momentum"])
+            update = orthogonalize(update, self.dtype).to(p.dtype)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 class Loop:
@@ -731,14 +746,11 @@ class Loop:
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict(saved | {"param_groups": groups})
             self.first = state["step"]
-        if run.cfg.compile:
-            # the blocks share graphs, more than the 8 after which PyTorch stops compiling
-            torch._dynamo.config.recompile_limit = 64
-            for block in blocks:
-                block.compile(dynamic=False)
+        self.is_compiled = run.compile(phase, model)
         count = sum(p.numel() for p in self.trained) / 1e6
         print(f"[{phase}] round {run.round} on {run.device} in {str(run.dtype)[6:]}, "
-              f"{run.world_size} process(es), {count:.2f} M parameters, {self.steps} steps")
+              f"{run.world_size} process(es), {count:.2f} M parameters, {self.steps} steps"
+              + ", compiled in the first two" * self.is_compiled)
 
     def __iter__(self):
         start = saved = logged = time.time()
@@ -747,6 +759,8 @@ class Loop:
             self.rng = self.run.rng(self.phase, self.step)
             yield self.step
             now, done = time.time(), self.step + 1
+            if self.is_compiled and done == self.first + 2:
+                print(f"[{self.phase}] compiled in {now - start:.0f} s")
             if now - logged > 5 or done == self.steps:
                 logged, left = now, (now - start) / (done - self.first) * (self.steps - done)
                 self.run.log(self.phase, step=done, **self.metrics, minutes_left=left / 60,
@@ -910,6 +924,7 @@ def train_imagination(run):
     state.setdefault("prior", state.get("heads", {}))
     agent.load_state_dict(state["prior"], strict=False)
     agent = run.for_inference(agent)
+    run.compile("imagination", agent)
     prior = frozen(agent.policy_head)
     # Loop loads the newest heads, those of a resumed phase; the prior, copied here, stays.
     heads = nn.ModuleDict({"policy_head": agent.policy_head, "value_head": agent.value_head})
@@ -1098,9 +1113,6 @@ def parse(arguments=None):
     def numbers(text):
         return tuple(int(part) for part in text.replace("x", ",").split(","))
 
-    def boolean(text):
-        return bool(("false", "true").index(text.lower()))
-
     parser = argparse.ArgumentParser(
         usage="python train.py [--phase PHASE] [--FLAG VALUE ...]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -1109,10 +1121,10 @@ def parse(arguments=None):
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--checkpoint", help="an agent.pt to evaluate or dream with")
     parser.add_argument("--record", help="evaluate, dream: the video to write, .gif or .mp4")
-    types = {bool: boolean, float: float, int: int, str: str}
+    choices = {"preset": PRESETS, "compile": ("true", "false", "auto")}
     for field in fields(TrainConfig):
-        kind, choices = types.get(field.type, numbers), PRESETS if field.name == "preset" else None
-        parser.add_argument(f"--{field.name}", type=kind, choices=choices,
+        kind = field.type if field.type in (float, int, str) else numbers
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices.get(field.name),
                             default=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     names = [field.name for field in fields(TrainConfig)]

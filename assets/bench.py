@@ -1,11 +1,12 @@
 """Speed of everything on this machine, in one run, and the costs of larger models on paper.
 
     python assets/bench.py                                  # the cpu preset
-    python assets/bench.py cpu minerl --compile true        # --device cuda
+    python assets/bench.py cpu minerl --compile false       # --device cuda
     python assets/bench.py gpu paper                        # on paper: nothing is computed
 
-`paper` is on paper always, `gpu` where there is no GPU. Training counts neither the loading of data
-nor the optimizer. The last line of every preset is its result as JSON.
+Compiled as train.py does, but for play. `paper` is on paper always, `gpu` where there is no GPU.
+Training counts neither the loading of data nor the optimizer. The last line of every preset is its
+result as JSON.
 """
 import argparse
 import contextlib
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import train
-from dreamer4 import Agent, Block, Cache, Tokenizer, imagine
+from dreamer4 import Agent, Cache, Tokenizer, frozen, imagine
 
 # the 2 B model of the paper: to show that the code reaches it
 PAPER = dict(
@@ -33,7 +34,7 @@ PAPER = dict(
 
 
 def jobs(run):
-    """(name, frames, work, the model that it trains or None): work() finishes so many frames."""
+    """(name, frames, work, the model to compile or None): work() finishes so many frames."""
     cfg, device, count = run.cfg, run.device, 16
     with torch.device(device):
         tokenizer, agent = Tokenizer(cfg), Agent(cfg)
@@ -44,7 +45,8 @@ def jobs(run):
         actions = torch.zeros(*z.shape[:2], len(cfg.action_spec), dtype=torch.int64)
     frozen_tokenizer, frozen_agent = run.for_inference(tokenizer), run.for_inference(agent)
     k = min(4, cfg.k_max)
-    stream, cache = frozen_agent.dream(k), Cache()
+    # a copy that stays uncompiled
+    stream, cache = frozen(frozen_agent).dream(k), Cache()
     stream.reset(z[:1, :8], actions[:1, :8])
 
     def train_step(module, *inputs):
@@ -69,7 +71,8 @@ def jobs(run):
 
     return [("tokenizer_training", B * T, tokenizer_training, tokenizer),
             ("dynamics_training", B2 * T2, dynamics_training, agent.dynamics),
-            ("imagination", count * cfg.horizon, imagination, None), ("play", 1, play, None)]
+            ("imagination", count * cfg.horizon, imagination, frozen_agent),
+            ("play", 1, play, None)]
 
 
 def costs(run):
@@ -122,11 +125,8 @@ def bench(run):
         with FlopCounterMode(display=False) as counter:
             work()
         # only after the count, from which compiled code would hide
-        if model and cfg.compile:
-            torch._dynamo.config.recompile_limit = 64
-            for block in model.modules():
-                if isinstance(block, Block):
-                    block.compile(dynamic=False)
+        if model:
+            run.compile(name.split("_")[0], model)
         spent = seconds(work)
         # of this process, which counts it in KB on Linux, or of the GPU
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -150,7 +150,7 @@ def main(arguments=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", metavar="PRESET", default=["cpu"],
                         help=f"{', '.join(train.PRESETS)} or paper")
-    parser.add_argument("--compile", default="false", metavar="X", help="true: torch.compile")
+    parser.add_argument("--compile", default="auto", help="true, false or auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     for preset in args.presets:
