@@ -143,6 +143,8 @@ def main(arguments=None):
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
+    # every request has a thread of its own, with which others would start, for work so small
+    torch.set_num_threads(1)
     run = train.Run(*train.parse([
         "--checkpoint", str(args.checkpoint), "--run", str(args.checkpoint.parent),
         "--device", args.device]))
