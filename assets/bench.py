@@ -102,11 +102,11 @@ def costs(run):
     return results
 
 
-def seconds(work):
+def seconds(work, threads):
     """Median time of one call, after two to warm up (and compile)."""
     work()
     work()
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    timer = Timer("work()", globals={"work": work}, num_threads=threads)
     return timer.blocked_autorange(min_run_time=3).median
 
 
@@ -118,7 +118,7 @@ def bench(run):
     # the run's own precision last: shares are of this rate
     for dtype in dict.fromkeys((torch.float32, run.dtype)):
         a = torch.randn(2048, 2048, device=device, dtype=dtype)
-        matmul_rate = 2 * 2048 ** 3 / seconds(lambda: a @ a)
+        matmul_rate = 2 * 2048 ** 3 / seconds(lambda: a @ a, torch.get_num_threads())
         results[f"matmul_{str(dtype)[6:]}_gflops"] = matmul_rate / 1e9
         print(f"[bench] matmul in {str(dtype)[6:]}: {matmul_rate / 1e9:.0f} GFLOP/s", flush=True)
     for name, frames, work, model in jobs(run):
@@ -127,10 +127,8 @@ def bench(run):
         # only after the count, from which compiled code would hide
         if model:
             run.compile(name.split("_")[0], model)
-        if name == "play":
-            # like the page
-            torch.set_num_threads(1)
-        spent = seconds(work)
+        # the page has one thread
+        spent = seconds(work, 1 if name == "play" else torch.get_num_threads())
         # of this process, which counts it in KB on Linux, or of the GPU
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         if device == "cuda":

@@ -160,7 +160,7 @@ def test_costs_on_paper_are_those_of_the_work_itself():
 
 
 def test_bench_prints_the_speed_of_every_job_as_json(monkeypatch, capsys):
-    def seconds(work):
+    def seconds(work, threads):
         work()
         return 0.5
 
