@@ -124,7 +124,7 @@ TUNABLE = {"mask_max", "shortcut_every", "separate_images", "context_share", "un
 ARCHITECTURE = {field.name for field in fields(Config)} - TUNABLE
 # What the episodes and random numbers of a run come from: it may not change, either.
 ORIGIN = {"preset", "seed", "env", "env_kwargs", "action_bins", "action_repeat", "image_size",
-          "action_spec"}
+          "action_spec", "reward_scale"}
 
 # What CarRacing wants at any size; elsewhere the paper's values (the defaults) may do better
 RECIPE = dict(gamma=0.98, beta=0.05, rounds=4, k_max=64, separate_images=0.1, temperature=1.6)
@@ -162,7 +162,7 @@ class Run:
     """runs/NAME with its settings, the device, and this process's place among others."""
     def __init__(self, args, cfg):
         self.folder, self.cfg, self.round = Path(args.run), cfg, 0
-        self.checkpoint, self.record = args.checkpoint, args.record
+        self.checkpoint = args.checkpoint
         self.rank, self.world_size = 0, 1
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         # without instructions for it, bfloat16 is slower than float32
@@ -404,11 +404,7 @@ class PixelEnv(gym.Wrapper):
         action, total = to_action(self.bare.action_space, indices, self.cfg.action_bins), 0.0
         for _ in range(self.cfg.action_repeat):
             observation, reward, *self.end, _ = self.env.step(action)
-            # None becomes NaN
-            reward = np.asarray(reward, float)
-            if reward.size != 1 or not np.isfinite(reward).all():
-                raise ValueError(f"the environment's reward is {reward}, not a number")
-            total += reward.item()
+            total += np.asarray(reward, float).item()
             if any(self.end):
                 break
         return self.frame(observation), total, *self.end, {}
@@ -592,13 +588,11 @@ class Data:
             if is_context:
                 index = (index - max(0, index[-1] - last + e["terminal"])).clip(0)
             index = index[(index >= 0) & (index <= last)]
-            window = {name: e[name][index] for name in names}
-            window["continues"] = np.float32(1) - (e["terminal"] & (index == last))
-            window["valid"] = np.ones(len(index), bool)
-            for name, x in window.items():
-                padding = [(0, T - len(index))] + [(0, 0)] * (x.ndim - 1)
-                fill = -1 if name == "actions" else 0
-                batch[name].append(np.pad(x, padding, constant_values=fill))
+            batch["valid"].append(np.arange(T) < len(index))
+            index = np.pad(index, (0, T - len(index)), mode="edge")
+            batch["continues"].append(np.float32(1) - (e["terminal"] & (index == last)))
+            for name in names:
+                batch[name].append(e[name][index])
         return {name: np.stack(windows) for name, windows in batch.items()}
 
 
@@ -673,11 +667,10 @@ def write_dream(path, tokenizer, dream, episodes, seed, length=32):
 
 
 def write_video(path, frames, fps=12):
-    """frames (T, H, W, 3) uint8, enlarged -> an endless GIF, or an MP4, by the file's name."""
-    kind, frames = Path(path).suffix.lower(), frames.repeat(3, 1).repeat(3, 2)
-    options = dict(duration=1000 / fps, loop=0) if kind == ".gif" else dict(fps=fps)
-    video = imageio.imwrite("<bytes>", frames, extension=kind, **options)
-    write_file(Path(path), lambda file: file.write(video))
+    """frames (T, H, W, 3) uint8, enlarged -> an endless GIF."""
+    frames = frames.repeat(3, 1).repeat(3, 2)
+    video = imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
+    write_file(path, lambda file: file.write(video))
 
 
 # ---- The training loop: optimizers, averaged weights, learning rate, log, checkpoints ------------
@@ -701,18 +694,18 @@ class Muon(torch.optim.Optimizer):
     al. 2025, arXiv:2502.16982). torch.optim.Muon works in bfloat16 even where that is slow. All
     matrices need a gradient, and the group a rate, before every step."""
     def __init__(self, matrices, weight_decay, dtype, momentum=0.95):
-        super().__init__(matrices, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
+        super().__init__(matrices, dict(lr=0.0))
+        self.weight_decay, self.dtype, self.momentum = weight_decay, dtype, momentum
 
     @torch.no_grad()
     def step(self):
         [group] = self.param_groups
         for p in group["params"]:
             buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(buffer, group["momentum"])
+            buffer.lerp_(p.grad, 1 - self.momentum)
+            update = p.grad.lerp(buffer, self.momentum)
             update = orthogonalize(update, self.dtype).to(p.dtype)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.mul_(1 - group["lr"] * self.weight_decay)
             p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
@@ -742,9 +735,7 @@ class Loop:
             self.optimizers.append(Muon(matrices, run.cfg.weight_decay, run.dtype))
         if (state.get("round"), state.get("phase")) == (run.round, phase):
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-                # the momenta; settings are those of now
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict(saved | {"param_groups": groups})
+                optimizer.load_state_dict(saved)
             self.first = state["step"]
         self.is_compiled = run.compile(phase, model)
         count = sum(p.numel() for p in self.trained) / 1e6
@@ -944,7 +935,9 @@ def train_imagination(run):
         for _ in range(cfg.updates):
             loss, metrics = agent.imagination_loss(rollout, prior, policy_weight)
             loop.update(loss, metrics, B * cfg.horizon / cfg.updates)
-    report_imagination(run, loop.metrics)
+    if not 0.02 < loop.metrics["good"] < 0.98:
+        print("[imagination] WARNING: D+ or D- is nearly empty, which teaches nothing; try another "
+              "--run with more --agent_steps, if rewards are not predicted, or --value_steps")
     loop.save()
 
 
@@ -953,17 +946,15 @@ TRAINERS = {"tokenizer": train_tokenizer, "dynamics": train_dynamics, "agent": t
 
 
 def train(run, phase):
-    """Trains a phase, unless it has finished; one that has begun needs the tokenizer of then."""
-    state = begun = run.load(FILES[phase])
+    """Trains a phase, unless it has finished; within a round the tokenizer stays the same."""
+    state = run.load(FILES[phase])
     if run.is_past(phase, state):
         print(f"[{phase}] round {run.round} finished before")
         return
-    if phase == "agent" and not state:
-        begun = run.load("dynamics.pt")
-    goes_on = begun and (begun["phase"] in (phase, "dynamics") and begun["round"] == run.round)
-    if goes_on and phase in ("dynamics", "agent"):
-        tokenizer = run.load("tokenizer.pt", "tokenizer")
-        if begun["tokenizer_checksum"] != checksum(tokenizer["ema"]):
+    if phase in ("dynamics", "agent"):
+        weights = run.load("tokenizer.pt", "tokenizer")["ema"]
+        begun = state or run.load("dynamics.pt")
+        if begun.get("round") == run.round and begun["tokenizer_checksum"] != checksum(weights):
             raise ValueError(f"{run.folder / FILES[begun['phase']]} was trained on the latents of "
                              "another tokenizer.pt; delete it to train it anew")
     TRAINERS[phase](run)
@@ -1037,18 +1028,10 @@ def report_rewards(run, agent, data):
               "--agent_steps or a larger --rewarded_share")
 
 
-def report_imagination(run, metrics):
-    """Whether PMPO has good and bad actions to tell apart."""
-    if not 0.02 < metrics["good"] < 0.98:
-        print("[imagination] WARNING: D+ or D- is nearly empty, which teaches nothing; try another "
-              "--run with more --agent_steps, if rewards are not predicted, or --value_steps")
-
-
 def evaluate(run):
     """Random, cloned and dreamed policy on the same unseen seeds; tokenizer and heads on what the
     last one saw there."""
-    cfg, video = run.cfg, Path(run.record or run.folder / "policy.gif")
-    table, (tokenizer, agent, cloned) = run.folder / "episodes.csv", run.load_agent()
+    cfg, table, (tokenizer, agent, cloned) = run.cfg, run.folder / "episodes.csv", run.load_agent()
     clone = frozen(agent)
     clone.policy_head = cloned
     policies = {"random": RandomPolicy(cfg, cfg.seed),
@@ -1057,9 +1040,8 @@ def evaluate(run):
     first = EVALUATION_SEEDS + 1000 * cfg.seed
     seeds = list(range(first, first + cfg.eval_episodes))
     # found out now, not after minutes: a place where one may not write
-    for path in (video, table):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        open(path, "ab").close()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    open(table, "ab").close()
     results, rows = {}, "policy,seed,return,length\n"
     for name, policy in policies.items():
         episodes = [episode for _, episode in play(cfg, policy, seeds)]
@@ -1083,7 +1065,7 @@ def evaluate(run):
     results |= {"tokenizer_psnr": np.mean([psnr(*pair) for pair in pairs["frames"]]),
                 "reward_corr": correlation(*zip(*pairs["rewards"])),
                 "value_corr": correlation(*zip(*pairs["values"]))}
-    write_video(video, np.concatenate(pairs["frames"][0], 2), fps=20)
+    write_video(run.folder / "policy.gif", np.concatenate(pairs["frames"][0], 2), fps=20)
     write_file(table, lambda file: file.write(rows.encode()))
     text = json.dumps({name: float(f"{x:.5g}") for name, x in results.items()})
     # last: it says that the evaluation has finished
@@ -1093,8 +1075,7 @@ def evaluate(run):
 
 def dream(run):
     """A video of dreams beside held-out episodes; without data, beside four that are played."""
-    cfg, video = run.cfg, run.record or run.folder / "dream.gif"
-    tokenizer, agent, _ = run.load_agent()
+    cfg, path, (tokenizer, agent, _) = run.cfg, run.folder / "dream.gif", run.load_agent()
     if (run.folder / "data").exists():
         episodes = Data(run).held_out
     else:
@@ -1102,8 +1083,8 @@ def dream(run):
         episodes = [e for _, e in play(cfg, AgentPolicy(tokenizer, agent, cfg, cfg.seed), seeds)]
     for e in episodes:
         e["latents"] = encode(tokenizer, e["frames"])
-    write_dream(video, tokenizer, agent.dream(cfg.k), episodes, cfg.seed, length=48)
-    print(f"[dream] {video}: truth above, dream below, same actions")
+    write_dream(path, tokenizer, agent.dream(cfg.k), episodes, cfg.seed, length=48)
+    print(f"[dream] {path}: truth above, dream below, same actions")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1120,7 +1101,6 @@ def parse(arguments=None):
     parser.add_argument("--run", help="folder; default: runs/default, or runs/NAME of a NAME.pt")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--checkpoint", help="an agent.pt to evaluate or dream with")
-    parser.add_argument("--record", help="evaluate, dream: the video to write, .gif or .mp4")
     choices = {"preset": PRESETS, "compile": ("true", "false", "auto")}
     for field in fields(TrainConfig):
         kind = field.type if field.type in (float, int, str) else numbers
@@ -1142,17 +1122,13 @@ def parse(arguments=None):
         settings = dict(PRESETS[given.get("preset", "cpu")])
         if "CarRacing" in given.get("env", TrainConfig.env):
             settings["action_repeat"] = 4
-    if args.checkpoint or saved:
-        # from before there was a scale; others know theirs
-        settings = {"reward_scale": 1.0} | settings
     # a checkpoint of before may have settings that are no more
     cfg = TrainConfig(**{name: x for name, x in settings.items() if name in names} | given)
     if cfg.env and not saved and not args.checkpoint:
         env = make_env(cfg)
         cfg.action_spec = action_sizes(env.action_space, cfg.action_bins)
         env.close()
-    # the scale is 0 until the agent has begun
-    check_same(path, saved, cfg, ORIGIN | {"reward_scale"} if saved.get("reward_scale") else ORIGIN)
+    check_same(path, saved, cfg, ORIGIN)
     return args, cfg
 
 
@@ -1171,9 +1147,6 @@ def main(arguments=None):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"another process trains in {run.folder}") from error
-        # of a process that was killed
-        for path in run.folder.glob(".*.pt.*.part"):
-            path.unlink()
     # also refuses another architecture than that of a checkpoint
     states = [run.load(name) for name in ("tokenizer.pt", "dynamics.pt", "agent.pt")]
     if args.phase in ("agent", "imagination"):
