@@ -103,6 +103,8 @@ class TrainConfig(Config):
         super().__post_init__(("beta", "reward_scale", "temperature", "save_seconds"))
         # before there was "auto" it was a bool
         self.compile = str(self.compile).lower()
+        if self.compile not in ("auto", "true", "false"):
+            raise ValueError(f"config: compile is {self.compile}, must be auto, true or false")
         if not self.env:
             # nobody collects more of recorded data
             self.rounds = 1
@@ -124,7 +126,7 @@ TUNABLE = {"mask_max", "shortcut_every", "separate_images", "context_share", "un
 ARCHITECTURE = {field.name for field in fields(Config)} - TUNABLE
 # What the episodes and random numbers of a run come from: it may not change, either.
 ORIGIN = {"preset", "seed", "env", "env_kwargs", "action_bins", "action_repeat", "image_size",
-          "action_spec", "reward_scale"}
+          "action_spec"}
 
 # What CarRacing wants at any size; elsewhere the paper's values (the defaults) may do better
 RECIPE = dict(gamma=0.98, beta=0.05, rounds=4, k_max=64, separate_images=0.1, temperature=1.6)
@@ -227,23 +229,18 @@ class Run:
         return module
 
     def compile(self, phase, model):
-        """torch.compile for the transformer blocks of a model, unless a phase is too short to earn
-        back the minute or two that it takes, or there is no compiler. Returns whether."""
-        wanted = self.cfg.compile
-        if wanted == "auto" and getattr(self.cfg, f"{phase}_steps") >= 200:
-            try:
-                torch.compile(torch.neg)(torch.ones(1, device=self.device))
-                wanted = "true"
-            except Exception:
-                # whatever is missing; --compile true says it
-                torch._dynamo.reset()
-        if wanted == "true":
+        """torch.compile for the transformer blocks of a model; "auto": only if the phase is long
+        enough to earn back the minute or two that it takes, and it works. Returns whether."""
+        wanted = self.cfg.compile == "true"
+        if self.cfg.compile == "auto" and getattr(self.cfg, f"{phase}_steps") >= 200:
+            wanted = can_compile(self.device)
+        if wanted:
             # the blocks share graphs, more than the 8 after which PyTorch stops compiling
             torch._dynamo.config.recompile_limit = 64
             for block in model.modules():
                 if isinstance(block, Block):
                     block.compile(dynamic=False)
-        return wanted == "true"
+        return wanted
 
     def require(self, is_there, what, phase):
         if not is_there:
@@ -281,6 +278,18 @@ class Run:
         cloned = frozen(agent.policy_head).to(self.device)
         agent.load_state_dict(state.get("heads", {}), strict=False)
         return self.load_tokenizer(state["tokenizer"]), self.for_inference(agent), cloned
+
+
+@functools.cache
+def can_compile(device):
+    """Whether torch.compile finds all that it needs, a C++ compiler above all."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+        return device != "mps"
+    except Exception:
+        # --compile true shows what is missing
+        torch._dynamo.reset()
+        return False
 
 
 @contextlib.contextmanager
@@ -405,6 +414,8 @@ class PixelEnv(gym.Wrapper):
         for _ in range(self.cfg.action_repeat):
             observation, reward, *self.end, _ = self.env.step(action)
             total += np.asarray(reward, float).item()
+            if not np.isfinite(total):
+                raise ValueError("the environment's reward is not a number")
             if any(self.end):
                 break
         return self.frame(observation), total, *self.end, {}
@@ -568,7 +579,7 @@ class Data:
     def sample(self, rng, B, T, names, rewarded_share=0.0, is_context=False):
         """B windows of T frames -> arrays (B, T, ...), "continues" and "valid". Every frame is as
         likely as any other: windows reach beyond both ends of an episode. What lies there is cut,
-        and padding follows, not valid: of T = 4 from t = -2 on, frames 0 and 1, then two of those.
+        and the last frame repeated, not valid: of T = 4 from t = -2 on there are 0, 1, 1, 1.
         A rewarded_share is moved over a frame whose reward is unusual. Contexts of dreams are
         whole, repeat the first frame where there are too few, never end with a terminal one."""
         lengths = np.array([len(e["rewards"]) for e in self.train])
@@ -741,21 +752,23 @@ class Loop:
         count = sum(p.numel() for p in self.trained) / 1e6
         print(f"[{phase}] round {run.round} on {run.device} in {str(run.dtype)[6:]}, "
               f"{run.world_size} process(es), {count:.2f} M parameters, {self.steps} steps"
-              + ", compiled in the first two" * self.is_compiled)
+              + ", compiling" * self.is_compiled)
 
     def __iter__(self):
         start = saved = logged = time.time()
-        self.frames = 0
+        first, self.frames = self.first, 0
         for self.step in range(self.first, self.steps):
             self.rng = self.run.rng(self.phase, self.step)
             yield self.step
             now, done = time.time(), self.step + 1
-            if self.is_compiled and done == self.first + 2:
-                print(f"[{self.phase}] compiled in {now - start:.0f} s")
             if now - logged > 5 or done == self.steps:
-                logged, left = now, (now - start) / (done - self.first) * (self.steps - done)
+                logged, left = now, (now - start) / (done - first) * (self.steps - done)
                 self.run.log(self.phase, step=done, **self.metrics, minutes_left=left / 60,
                              frames_per_s=self.frames / (now - start))
+            if self.is_compiled and done == self.first + self.run.cfg.long_every:
+                # sequences of both lengths were among them
+                print(f"[{self.phase}] compiled: {done - first} steps took {now - start:.0f} s")
+                start, first, self.frames = now, done, 0
             # after the last step the phase saves, when its picture is there
             if now - saved > self.run.cfg.save_seconds and done < self.steps:
                 self.save()
@@ -1101,10 +1114,10 @@ def parse(arguments=None):
     parser.add_argument("--run", help="folder; default: runs/default, or runs/NAME of a NAME.pt")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--checkpoint", help="an agent.pt to evaluate or dream with")
-    choices = {"preset": PRESETS, "compile": ("true", "false", "auto")}
     for field in fields(TrainConfig):
         kind = field.type if field.type in (float, int, str) else numbers
-        parser.add_argument(f"--{field.name}", type=kind, choices=choices.get(field.name),
+        choices = PRESETS if field.name == "preset" else None
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices,
                             default=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     names = [field.name for field in fields(TrainConfig)]
@@ -1122,13 +1135,17 @@ def parse(arguments=None):
         settings = dict(PRESETS[given.get("preset", "cpu")])
         if "CarRacing" in given.get("env", TrainConfig.env):
             settings["action_repeat"] = 4
+    if args.checkpoint or saved:
+        # from before there was a scale; others know theirs
+        settings = {"reward_scale": 1.0} | settings
     # a checkpoint of before may have settings that are no more
     cfg = TrainConfig(**{name: x for name, x in settings.items() if name in names} | given)
     if cfg.env and not saved and not args.checkpoint:
         env = make_env(cfg)
         cfg.action_spec = action_sizes(env.action_space, cfg.action_bins)
         env.close()
-    check_same(path, saved, cfg, ORIGIN)
+    # the scale is 0 until the agent has begun
+    check_same(path, saved, cfg, ORIGIN | {"reward_scale"} if saved.get("reward_scale") else ORIGIN)
     return args, cfg
 
 
@@ -1147,6 +1164,9 @@ def main(arguments=None):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"another process trains in {run.folder}") from error
+        # of a process that was killed
+        for path in run.folder.glob(".*.pt.*.part"):
+            path.unlink()
     # also refuses another architecture than that of a checkpoint
     states = [run.load(name) for name in ("tokenizer.pt", "dynamics.pt", "agent.pt")]
     if args.phase in ("agent", "imagination"):
