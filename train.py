@@ -527,11 +527,16 @@ class Data:
             news = np.abs(e["rewards"] - self.usual_reward) > 1e-3 * self.scale
             e["news"] = np.flatnonzero(news[1:]) + 1
 
-    def encode(self, weights):
+    def encode(self, weights, begun={}):
         """Gives every episode its "latents" (T, N, Z) float16, from files whose names are the
-        checksums of what they were made from: tokenizer and frames. Returns the tokenizer."""
+        checksums of what they were made from: tokenizer and frames. Returns the tokenizer, which
+        must be that of `begun`, the checkpoint that goes on, if that is of this round."""
         tokenizer, folder = self.run.load_tokenizer(weights), self.run.folder / "latents"
         source, needed = checksum(weights), set()
+        if begun.get("round") == self.run.round and begun["tokenizer_checksum"] != source:
+            path = self.run.folder / FILES[begun["phase"]]
+            raise ValueError(f"{path} was trained on the latents of another tokenizer.pt; delete "
+                             "it to train it anew")
         for episode in self.episodes:
             path = folder / f"{source:08x}-{zlib.crc32(episode['frames']):08x}.npy"
             needed.add(path)
@@ -837,8 +842,9 @@ def train_tokenizer(run):
 
 def train_dynamics(run):
     """Phase 1b: shortcut forcing on latents (eq. 7)."""
-    cfg, data, weights = run.cfg, Data(run), run.load("tokenizer.pt", "tokenizer")["ema"]
-    tokenizer, state = data.encode(weights), run.load("dynamics.pt")
+    cfg, data, state = run.cfg, Data(run), run.load("dynamics.pt")
+    weights = run.load("tokenizer.pt", "tokenizer")["ema"]
+    tokenizer = data.encode(weights, state)
     run.rng("dynamics")
     model = Dynamics(cfg)
     state["tokenizer_checksum"] = checksum(weights)
@@ -860,7 +866,7 @@ def train_agent(run):
     starts from dynamics.pt, later rounds from the agent of the round before."""
     cfg, data, state = run.cfg, Data(run), run.load("agent.pt")
     weights = run.load("tokenizer.pt", "tokenizer")["ema"]
-    tokenizer = data.encode(weights)
+    tokenizer = data.encode(weights, state or run.load("dynamics.pt"))
     cfg.reward_scale = cfg.reward_scale or data.scale
     run.rng("agent")
     model = Agent(cfg)
@@ -930,17 +936,10 @@ TRAINERS = {"tokenizer": train_tokenizer, "dynamics": train_dynamics, "agent": t
 
 
 def train(run, phase):
-    """Trains a phase, unless it has finished; within a round the tokenizer stays the same."""
-    state = run.load(FILES[phase])
-    if run.is_past(phase, state):
+    """Trains a phase, unless it has finished."""
+    if run.is_past(phase, run.load(FILES[phase])):
         print(f"[{phase}] round {run.round} finished before")
         return
-    if phase in ("dynamics", "agent"):
-        weights = run.load("tokenizer.pt", "tokenizer")["ema"]
-        begun = state or run.load("dynamics.pt")
-        if begun.get("round") == run.round and begun["tokenizer_checksum"] != checksum(weights):
-            raise ValueError(f"{run.folder / FILES[begun['phase']]} was trained on the latents of "
-                             "another tokenizer.pt; delete it to train it anew")
     TRAINERS[phase](run)
     # no process reads a checkpoint before it is there
     run.barrier()
