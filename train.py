@@ -333,8 +333,6 @@ def make_env(cfg):
             env = gym.wrappers.TransformAction(
                 env, lambda a: np.array([a[0], max(a[1], 0), max(-a[1], 0)], np.float32),
                 gym.spaces.Box(-1, 1, (2,)))
-        # no picture: render() draws it
-        env.observation_space = gym.spaces.Discrete(1)
         env.render = functools.partial(draw, "state_pixels")
     return env
 
@@ -372,13 +370,12 @@ class PixelEnv(gym.Wrapper):
         sizes = action_sizes(self.bare.action_space, cfg.action_bins)
         self.action_space = gym.spaces.MultiDiscrete(sizes)
         self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
-        seen = self.bare.observation_space
-        # something smaller holds codes, like MiniGrid's, not colors
-        self.sees_picture = (
-            seen.dtype == np.uint8 and seen.shape[2:] == (3,) and min(seen.shape[:2]) >= 16)
 
     def frame(self, observation):
-        picture = np.asarray(observation if self.sees_picture else self.bare.render())
+        # something smaller holds codes, like MiniGrid's, not colors
+        is_picture = (isinstance(observation, np.ndarray) and observation.dtype == np.uint8
+                      and observation.shape[2:] == (3,) and min(observation.shape[:2]) >= 16)
+        picture = np.asarray(observation if is_picture else self.bare.render())
         if picture.ndim != 3 or picture.shape[2] < 3 or picture.dtype != np.uint8:
             raise ValueError("neither observation nor render() is a picture (H, W, 3) of uint8, "
                              f"but {picture.shape} {picture.dtype}")
