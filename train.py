@@ -269,14 +269,14 @@ class Run:
         return self.for_inference(tokenizer)
 
     def load_agent(self):
-        """Of --checkpoint or agent.pt: tokenizer, agent, cloned policy head; all frozen."""
+        """Of --checkpoint or agent.pt: tokenizer, agent, agent with the cloned policy; frozen."""
         path = os.path.abspath(self.checkpoint or self.folder / "agent.pt")
         state, agent = self.load(path), Agent(self.cfg)
         self.require(state, f"{path} is missing", "agent")
         agent.load_state_dict(state["ema"])
-        cloned = frozen(agent.policy_head).to(self.device)
+        clone = self.for_inference(agent)
         agent.load_state_dict(state.get("heads", {}), strict=False)
-        return self.load_tokenizer(state["tokenizer"]), self.for_inference(agent), cloned
+        return self.load_tokenizer(state["tokenizer"]), self.for_inference(agent), clone
 
 
 @contextlib.contextmanager
@@ -909,9 +909,9 @@ def train_imagination(run):
     loop = Loop(run, "imagination", heads.requires_grad_(True), cfg.policy_lr, state)
     # a beginner learns from easier dreams
     temperature = 1 + (cfg.temperature - 1) * min(1, (run.round + 1) / cfg.rounds)
-    B, T, names = cfg.rollouts, cfg.rollout_context, ["latents", "actions"]
     for step in loop:
-        batch = data.sample(loop.rng, B, T, names, cfg.rewarded_share, is_context=True)
+        batch = data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
+                            cfg.rewarded_share, is_context=True)
         batch = run.share(batch)
         # every process dreams its own dreams
         torch.manual_seed(int(loop.rng.integers(2**31)) + run.rank)
@@ -921,7 +921,7 @@ def train_imagination(run):
         policy_weight = float(step >= cfg.value_steps)
         for _ in range(cfg.updates):
             loss, metrics = agent.imagination_loss(rollout, prior, policy_weight)
-            loop.update(loss, metrics, B * cfg.horizon / cfg.updates)
+            loop.update(loss, metrics, cfg.rollouts * cfg.horizon / cfg.updates)
     if not 0.02 < loop.metrics["good"] < 0.98:
         print("[imagination] WARNING: D+ or D- is nearly empty, which teaches nothing; try another "
               "--run with more --agent_steps, if rewards are not predicted, or --value_steps")
@@ -1011,14 +1011,11 @@ def report_rewards(run, agent, data):
 def evaluate(run):
     """Random, cloned and dreamed policy on the same unseen seeds; tokenizer and heads on what the
     last one saw there."""
-    cfg, table, (tokenizer, agent, cloned) = run.cfg, run.folder / "episodes.csv", run.load_agent()
-    clone = frozen(agent)
-    clone.policy_head = cloned
+    cfg, table, (tokenizer, agent, clone) = run.cfg, run.folder / "episodes.csv", run.load_agent()
     policies = {"random": RandomPolicy(cfg, cfg.seed),
                 "bc": AgentPolicy(tokenizer, clone, cfg, cfg.seed),
                 "return": AgentPolicy(tokenizer, agent, cfg, cfg.seed)}
-    first = EVALUATION_SEEDS + 1000 * cfg.seed
-    seeds = list(range(first, first + cfg.eval_episodes))
+    seeds = [EVALUATION_SEEDS + 1000 * cfg.seed + i for i in range(cfg.eval_episodes)]
     # found out now, not after minutes: a place where one may not write
     run.folder.mkdir(parents=True, exist_ok=True)
     open(table, "ab").close()
