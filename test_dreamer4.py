@@ -815,11 +815,11 @@ def test_a_new_round_goes_on_with_policy_and_value_beside_a_new_clone_and_in_hot
         train.train_tokenizer(run)
     assert masked == pytest.approx([0, 0.4, 0.8, 0.8] + [0.8] * 4)
     train.train_agent(run)
-    state, (_, agent, cloned) = load(copied, "agent.pt"), run.load_agent()
+    state, (_, agent, clone) = load(copied, "agent.pt"), run.load_agent()
     for name, x in before.items():
         assert torch.equal(state["heads"][name], x) and torch.equal(agent.state_dict()[name], x)
         assert not torch.equal(state["ema"][name], x)
-    for name, x in cloned.state_dict().items():
+    for name, x in clone.policy_head.state_dict().items():
         assert torch.equal(x, state["ema"][f"policy_head.{name}"])
     train.train_imagination(run)
     # in the third of four rounds; training the value only leaves the policy at its prior

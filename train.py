@@ -24,7 +24,6 @@ import os
 import sys
 import time
 import zlib
-from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -88,12 +87,10 @@ class TrainConfig(Config):
     value_steps: int = 30           # first batches of a round, which train the value head only
     k: int = 4                      # denoising steps of a dreamed frame, K
     temperature: float = 1.0        # std of the noise dreams start from in the last round; rises
-    tokenizer_lr: float = 1e-3      # peak rate of AdamW; matrices of the blocks: Muon with twice
+    tokenizer_lr: float = 1e-3      # peak learning rate of the tokenizer
     dynamics_lr: float = 1e-3       # the same for the dynamics, and in agent finetuning
-    policy_lr: float = 3e-4         # AdamW, for policy and value head in imagination
-    warmup: int = 50                # steps over which the learning rate rises
-    cooldown: float = 0.3           # share of the steps, at the end, in which it falls to a tenth
-    weight_decay: float = 0.01      # weight decay of the blocks' matrices
+    policy_lr: float = 3e-4         # the same for policy and value head in imagination
+    warmup: int = 50                # steps over which the learning rate rises; see Loop.update
     ema: float = 0.99               # decay of the averaged weights; imagination has none
     eval_episodes: int = 20         # real episodes per policy in evaluation
     compile: str = "auto"           # blocks by torch.compile: "true", "false", "auto" (see Run)
@@ -180,11 +177,10 @@ class Run:
             dist.init_process_group(timeout=datetime.timedelta(days=1))
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             # every share begins with a sequence that bootstraps
-            groups = [B / cfg.shortcut_every for B in (cfg.batch_size, cfg.sequence_shapes(0)[0])]
-            shares = *groups, cfg.rollouts, cfg.tokenizer_batch
-            if self.world_size > 1 and any(B % self.world_size for B in shares):
-                raise ValueError(f"{self.world_size} processes cannot share batch_size, short or "
-                                 "long, in groups of shortcut_every, rollouts, tokenizer_batch")
+            shares = cfg.batch_size, cfg.sequence_shapes(0)[0], cfg.rollouts, cfg.tokenizer_batch
+            if any(B % (self.world_size * cfg.shortcut_every) for B in shares):
+                raise ValueError("batch_size, short or long, rollouts, tokenizer_batch must be "
+                                 "multiples of shortcut_every, times the number of processes")
             if self.rank:
                 sys.stdout = open(os.devnull, "w")
 
@@ -270,14 +266,14 @@ class Run:
         return self.for_inference(tokenizer)
 
     def load_agent(self):
-        """Of --checkpoint or agent.pt: tokenizer, agent, cloned policy head; all frozen."""
+        """Of --checkpoint or agent.pt: tokenizer, agent, agent with the cloned policy; frozen."""
         path = os.path.abspath(self.checkpoint or self.folder / "agent.pt")
         state, agent = self.load(path), Agent(self.cfg)
         self.require(state, f"{path} is missing", "agent")
         agent.load_state_dict(state["ema"])
-        cloned = frozen(agent.policy_head).to(self.device)
+        clone = self.for_inference(agent)
         agent.load_state_dict(state.get("heads", {}), strict=False)
-        return self.load_tokenizer(state["tokenizer"]), self.for_inference(agent), cloned
+        return self.load_tokenizer(state["tokenizer"]), self.for_inference(agent), clone
 
 
 @functools.cache
@@ -319,13 +315,10 @@ def write_file(path, write):
     if dist.is_initialized() and dist.get_rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        write(file)
+    temporary.replace(path)
 
 
 # ---- Environment and policies: frames in, category indices out -----------------------------------
@@ -349,8 +342,6 @@ def make_env(cfg):
             env = gym.wrappers.TransformAction(
                 env, lambda a: np.array([a[0], max(a[1], 0), max(-a[1], 0)], np.float32),
                 gym.spaces.Box(-1, 1, (2,)))
-        # no picture: render() draws it
-        env.observation_space = gym.spaces.Discrete(1)
         env.render = functools.partial(draw, "state_pixels")
     return env
 
@@ -368,10 +359,8 @@ def action_sizes(space, bins):
 
 def to_action(space, indices, bins):
     """Category indices (A,) -> an action of the space."""
-    if isinstance(space, gym.spaces.Discrete):
-        return space.start + indices[0]
     indices = np.reshape(indices, space.shape)
-    if isinstance(space, gym.spaces.MultiDiscrete):
+    if not isinstance(space, gym.spaces.Box):
         return space.start + indices
     action = space.low + indices / max(bins - 1, 1) * (space.high.astype(float) - space.low)
     return (action.round() if space.dtype.kind in "iu" else action).astype(space.dtype)
@@ -390,13 +379,12 @@ class PixelEnv(gym.Wrapper):
         sizes = action_sizes(self.bare.action_space, cfg.action_bins)
         self.action_space = gym.spaces.MultiDiscrete(sizes)
         self.observation_space = gym.spaces.Box(0, 255, (*cfg.image_size, 3), np.uint8)
-        seen = self.bare.observation_space
-        # something smaller holds codes, like MiniGrid's, not colors
-        self.sees_picture = (
-            seen.dtype == np.uint8 and seen.shape[2:] == (3,) and min(seen.shape[:2]) >= 16)
 
     def frame(self, observation):
-        picture = np.asarray(observation if self.sees_picture else self.bare.render())
+        # something smaller holds codes, like MiniGrid's, not colors
+        is_picture = (isinstance(observation, np.ndarray) and observation.dtype == np.uint8
+                      and observation.shape[2:] == (3,) and min(observation.shape[:2]) >= 16)
+        picture = np.asarray(observation if is_picture else self.bare.render())
         if picture.ndim != 3 or picture.shape[2] < 3 or picture.dtype != np.uint8:
             raise ValueError("neither observation nor render() is a picture (H, W, 3) of uint8, "
                              f"but {picture.shape} {picture.dtype}")
@@ -501,12 +489,8 @@ def play(cfg, policy, seeds, count=None):
                 frames, actions, rewards = (column[i, :lengths[i]] for column in columns)
                 yield seed, {"frames": frames, "actions": actions, "terminal": terminated[i],
                              "rewards": rewards.astype(np.float32)}
-    except (EOFError, OSError) as error:
-        raise ValueError(f"a process of --env {cfg.env} ended ({error}); what it printed may say "
-                         "why") from error
     finally:
-        with contextlib.suppress(EOFError, OSError):
-            envs.close(terminate=True)
+        envs.close(terminate=True)
 
 
 # ---- Episodes: files, windows, latents -----------------------------------------------------------
@@ -551,11 +535,16 @@ class Data:
             news = np.abs(e["rewards"] - self.usual_reward) > 1e-3 * self.scale
             e["news"] = np.flatnonzero(news[1:]) + 1
 
-    def encode(self, weights):
+    def encode(self, weights, begun={}):
         """Gives every episode its "latents" (T, N, Z) float16, from files whose names are the
-        checksums of what they were made from: tokenizer and frames. Returns the tokenizer."""
+        checksums of what they were made from: tokenizer and frames. Returns the tokenizer, which
+        must be that of `begun`, the checkpoint that goes on, if that is of this round."""
         tokenizer, folder = self.run.load_tokenizer(weights), self.run.folder / "latents"
         source, needed = checksum(weights), set()
+        if begun.get("round") == self.run.round and begun["tokenizer_checksum"] != source:
+            path = self.run.folder / FILES[begun["phase"]]
+            raise ValueError(f"{path} was trained on the latents of another tokenizer.pt; delete "
+                             "it to train it anew")
         for episode in self.episodes:
             path = folder / f"{source:08x}-{zlib.crc32(episode['frames']):08x}.npy"
             needed.add(path)
@@ -584,7 +573,7 @@ class Data:
         whole, repeat the first frame where there are too few, never end with a terminal one."""
         lengths = np.array([len(e["rewards"]) for e in self.train])
         news = np.array([len(e["news"]) for e in self.train])
-        batch = defaultdict(list)
+        windows = []
         for _ in range(B):
             if news.any() and rng.random() < rewarded_share:
                 e = self.draw(rng, news)
@@ -599,20 +588,17 @@ class Data:
             if is_context:
                 index = (index - max(0, index[-1] - last + e["terminal"])).clip(0)
             index = index[(index >= 0) & (index <= last)]
-            batch["valid"].append(np.arange(T) < len(index))
+            valid = np.arange(T) < len(index)
             index = np.pad(index, (0, T - len(index)), mode="edge")
-            batch["continues"].append(np.float32(1) - (e["terminal"] & (index == last)))
-            for name in names:
-                batch[name].append(e[name][index])
-        return {name: np.stack(windows) for name, windows in batch.items()}
+            continues = np.float32(1) - (e["terminal"] & (index == last))
+            windows.append([valid, continues, *(e[name][index] for name in names)])
+        return dict(zip(("valid", "continues", *names), map(np.stack, zip(*windows))))
 
 
 # ---- Frames and latents, pictures, PSNR ----------------------------------------------------------
 
 def resize(frame, size):
     """uint8 frame (H, W, 3) -> (*size, 3), antialiased."""
-    if frame.shape[:2] == tuple(size):
-        return frame
     x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
     x = F.interpolate(x, size=tuple(size), mode="bilinear", antialias=True)[0]
     return x.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
@@ -701,12 +687,12 @@ def orthogonalize(x, dtype, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized (Jordan et al. 2024), in steps as large as AdamW's (Liu et
-    al. 2025, arXiv:2502.16982). torch.optim.Muon works in bfloat16 even where that is slow. All
-    matrices need a gradient, and the group a rate, before every step."""
-    def __init__(self, matrices, weight_decay, dtype, momentum=0.95):
+    """Nesterov momentum, orthogonalized (Jordan et al. 2024), in steps twice as large as AdamW's
+    (Liu et al. 2025, arXiv:2502.16982: as large). torch.optim.Muon works in bfloat16 even where
+    that is slow. All matrices need a gradient, and the group a rate, before every step."""
+    def __init__(self, matrices, dtype, momentum=0.95, weight_decay=0.02):
         super().__init__(matrices, dict(lr=0.0))
-        self.weight_decay, self.dtype, self.momentum = weight_decay, dtype, momentum
+        self.dtype, self.momentum, self.weight_decay = dtype, momentum, weight_decay
 
     @torch.no_grad()
     def step(self):
@@ -717,7 +703,7 @@ class Muon(torch.optim.Optimizer):
             update = p.grad.lerp(buffer, self.momentum)
             update = orthogonalize(update, self.dtype).to(p.dtype)
             p.mul_(1 - group["lr"] * self.weight_decay)
-            p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+            p.add_(update, alpha=-group["lr"] * 0.4 * max(p.shape) ** 0.5)
 
 
 class Loop:
@@ -743,7 +729,7 @@ class Loop:
         others = [p for p in self.trained if all(p is not matrix for matrix in matrices)]
         self.optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0, fused=True)]
         if matrices:
-            self.optimizers.append(Muon(matrices, run.cfg.weight_decay, run.dtype))
+            self.optimizers.append(Muon(matrices, run.dtype))
         if (state.get("round"), state.get("phase")) == (run.round, phase):
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
@@ -798,10 +784,10 @@ class Loop:
                              "a smaller --tokenizer_lr, --dynamics_lr or --policy_lr")
         cfg, left = self.run.cfg, 1 - self.step / self.steps
         rise = min(1.0, (self.step + 1) / cfg.warmup)
-        fall = min(1.0, 0.1 + 0.9 * left / max(cfg.cooldown, 1e-9))
+        # in the last three tenths of the steps, to a tenth
+        fall = min(1.0, 0.1 + 0.9 * left / 0.3)
         for optimizer in self.optimizers:
-            twice = 2 if isinstance(optimizer, Muon) else 1
-            optimizer.param_groups[0]["lr"] = self.lr * rise * fall * twice
+            optimizer.param_groups[0]["lr"] = self.lr * rise * fall
             optimizer.step()
         if "ema" in self.parts:
             # over few steps at first: it soon forgets the weights that the round began with
@@ -866,8 +852,9 @@ def train_tokenizer(run):
 
 def train_dynamics(run):
     """Phase 1b: shortcut forcing on latents (eq. 7)."""
-    cfg, data, weights = run.cfg, Data(run), run.load("tokenizer.pt", "tokenizer")["ema"]
-    tokenizer, state = data.encode(weights), run.load("dynamics.pt")
+    cfg, data, state = run.cfg, Data(run), run.load("dynamics.pt")
+    weights = run.load("tokenizer.pt", "tokenizer")["ema"]
+    tokenizer = data.encode(weights, state)
     run.rng("dynamics")
     model = Dynamics(cfg)
     state["tokenizer_checksum"] = checksum(weights)
@@ -889,7 +876,7 @@ def train_agent(run):
     starts from dynamics.pt, later rounds from the agent of the round before."""
     cfg, data, state = run.cfg, Data(run), run.load("agent.pt")
     weights = run.load("tokenizer.pt", "tokenizer")["ema"]
-    tokenizer = data.encode(weights)
+    tokenizer = data.encode(weights, state or run.load("dynamics.pt"))
     cfg.reward_scale = cfg.reward_scale or data.scale
     run.rng("agent")
     model = Agent(cfg)
@@ -935,9 +922,9 @@ def train_imagination(run):
     loop = Loop(run, "imagination", heads.requires_grad_(True), cfg.policy_lr, state)
     # a beginner learns from easier dreams
     temperature = 1 + (cfg.temperature - 1) * min(1, (run.round + 1) / cfg.rounds)
-    B, T, names = cfg.rollouts, cfg.rollout_context, ["latents", "actions"]
     for step in loop:
-        batch = data.sample(loop.rng, B, T, names, cfg.rewarded_share, is_context=True)
+        batch = data.sample(loop.rng, cfg.rollouts, cfg.rollout_context, ["latents", "actions"],
+                            cfg.rewarded_share, is_context=True)
         batch = run.share(batch)
         # every process dreams its own dreams
         torch.manual_seed(int(loop.rng.integers(2**31)) + run.rank)
@@ -947,7 +934,7 @@ def train_imagination(run):
         policy_weight = float(step >= cfg.value_steps)
         for _ in range(cfg.updates):
             loss, metrics = agent.imagination_loss(rollout, prior, policy_weight)
-            loop.update(loss, metrics, B * cfg.horizon / cfg.updates)
+            loop.update(loss, metrics, cfg.rollouts * cfg.horizon / cfg.updates)
     if not 0.02 < loop.metrics["good"] < 0.98:
         print("[imagination] WARNING: D+ or D- is nearly empty, which teaches nothing; try another "
               "--run with more --agent_steps, if rewards are not predicted, or --value_steps")
@@ -959,17 +946,10 @@ TRAINERS = {"tokenizer": train_tokenizer, "dynamics": train_dynamics, "agent": t
 
 
 def train(run, phase):
-    """Trains a phase, unless it has finished; within a round the tokenizer stays the same."""
-    state = run.load(FILES[phase])
-    if run.is_past(phase, state):
+    """Trains a phase, unless it has finished."""
+    if run.is_past(phase, run.load(FILES[phase])):
         print(f"[{phase}] round {run.round} finished before")
         return
-    if phase in ("dynamics", "agent"):
-        weights = run.load("tokenizer.pt", "tokenizer")["ema"]
-        begun = state or run.load("dynamics.pt")
-        if begun.get("round") == run.round and begun["tokenizer_checksum"] != checksum(weights):
-            raise ValueError(f"{run.folder / FILES[begun['phase']]} was trained on the latents of "
-                             "another tokenizer.pt; delete it to train it anew")
     TRAINERS[phase](run)
     # no process reads a checkpoint before it is there
     run.barrier()
@@ -1044,14 +1024,11 @@ def report_rewards(run, agent, data):
 def evaluate(run):
     """Random, cloned and dreamed policy on the same unseen seeds; tokenizer and heads on what the
     last one saw there."""
-    cfg, table, (tokenizer, agent, cloned) = run.cfg, run.folder / "episodes.csv", run.load_agent()
-    clone = frozen(agent)
-    clone.policy_head = cloned
+    cfg, table, (tokenizer, agent, clone) = run.cfg, run.folder / "episodes.csv", run.load_agent()
     policies = {"random": RandomPolicy(cfg, cfg.seed),
                 "bc": AgentPolicy(tokenizer, clone, cfg, cfg.seed),
                 "return": AgentPolicy(tokenizer, agent, cfg, cfg.seed)}
-    first = EVALUATION_SEEDS + 1000 * cfg.seed
-    seeds = list(range(first, first + cfg.eval_episodes))
+    seeds = [EVALUATION_SEEDS + 1000 * cfg.seed + i for i in range(cfg.eval_episodes)]
     # found out now, not after minutes: a place where one may not write
     run.folder.mkdir(parents=True, exist_ok=True)
     open(table, "ab").close()
@@ -1065,20 +1042,19 @@ def evaluate(run):
         results |= {f"{name}_mean": returns.mean(), f"{name}_se": error,
                     f"{name}_median": np.median(returns)}
         print(f"[evaluate] {name}: {returns.mean():.4g} ± {error:.2g}")
-    # tokenizer and heads, on the last policy's drives
     torch.manual_seed(cfg.seed)
-    pairs = defaultdict(list)
+    frames, rewards, values = [], [], []
     for e in episodes:
         e["latents"] = encode(tokenizer, e["frames"])
-        rewards, values = predict(agent, e)
+        frames.append((e["frames"], decode(tokenizer, e["latents"][None])[0]))
+        reward, value = predict(agent, e)
+        rewards.append((reward[1:], e["rewards"][1:]))
         returns = real_returns(e, cfg.gamma)
-        pairs["frames"].append((e["frames"], decode(tokenizer, e["latents"][None])[0]))
-        pairs["rewards"].append((rewards[1:], e["rewards"][1:]))
-        pairs["values"].append((values[:len(returns)], returns))
-    results |= {"tokenizer_psnr": np.mean([psnr(*pair) for pair in pairs["frames"]]),
-                "reward_corr": correlation(*zip(*pairs["rewards"])),
-                "value_corr": correlation(*zip(*pairs["values"]))}
-    write_video(run.folder / "policy.gif", np.concatenate(pairs["frames"][0], 2), fps=20)
+        values.append((value[:len(returns)], returns))
+    results |= {"tokenizer_psnr": np.mean([psnr(*pair) for pair in frames]),
+                "reward_corr": correlation(*zip(*rewards)),
+                "value_corr": correlation(*zip(*values))}
+    write_video(run.folder / "policy.gif", np.concatenate(frames[0], 2), fps=20)
     write_file(table, lambda file: file.write(rows.encode()))
     text = json.dumps({name: float(f"{x:.5g}") for name, x in results.items()})
     # last: it says that the evaluation has finished
@@ -1171,12 +1147,10 @@ def main(arguments=None):
     states = [run.load(name) for name in ("tokenizer.pt", "dynamics.pt", "agent.pt")]
     if args.phase in ("agent", "imagination"):
         run.round = states[-1].get("round", 0)
-    if args.phase == "collect":
-        collect(run)
-    elif args.phase == "all":
-        run_all(run)
-    else:
+    if args.phase in TRAINERS:
         train(run, args.phase)
+    else:
+        {"collect": collect, "all": run_all}[args.phase](run)
     if run.world_size > 1:
         dist.destroy_process_group()
 

@@ -23,8 +23,6 @@ class CulledCarRacing(original.CarRacing):
         super().__init__(**kwargs)
         if self.continuous:
             self.action_space = gym.spaces.Box(-1, 1, (2,))
-        # no picture: train.py asks render() for it
-        self.observation_space = gym.spaces.Discrete(1)
 
     def step(self, action):
         # reset() steps without an action
