@@ -315,7 +315,8 @@ def write_file(path, write):
     if dist.is_initialized() and dist.get_rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    # a process's own, should two evaluate in one folder
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with open(temporary, "wb") as file:
         write(file)
     temporary.replace(path)
@@ -489,8 +490,12 @@ def play(cfg, policy, seeds, count=None):
                 frames, actions, rewards = (column[i, :lengths[i]] for column in columns)
                 yield seed, {"frames": frames, "actions": actions, "terminal": terminated[i],
                              "rewards": rewards.astype(np.float32)}
+    except (EOFError, OSError) as error:
+        raise ValueError(f"a process of --env {cfg.env} ended ({error}); what it printed may say "
+                         "why") from error
     finally:
-        envs.close(terminate=True)
+        with contextlib.suppress(EOFError, OSError):
+            envs.close(terminate=True)
 
 
 # ---- Episodes: files, windows, latents -----------------------------------------------------------
