@@ -318,7 +318,6 @@ def test_shortcut_forcing_is_eq_7_in_velocities_both_terms_ramped_targets_withou
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
 def test_generation_with_an_oracle_returns_the_data_in_k_steps(k):
     (data, noise), calls = torch.randn(2, 1, 1, 4, 4), []
-
     def oracle(z, tau, d):
         assert_close(z, (1 - tau) * noise + tau * data)  # on the way from noise to data
         calls.append((tau, d))
@@ -784,21 +783,16 @@ def test_blocks_are_compiled_for_long_phases_if_there_is_a_compiler(tmp_path, mo
     cfg = toy(tokenizer_steps=200, dynamics_steps=199)
     run, model = new_run(tmp_path, cfg), torch.nn.Sequential(Block(32, 4, 2, over_time=False))
     (block,), x = model, torch.randn(2, 3, 5, 32)
-    y, graphs = block(x, None), torch._dynamo.utils.counters["stats"]
-    assert not run.compile("dynamics", model) and run.compile("tokenizer", model)
-    before = graphs["unique_graphs"]
+    y = block(x, None)
+    assert not run.compile("dynamics", model) and not block._compiled_call_impl
+    assert run.compile("tokenizer", model) and block._compiled_call_impl
     assert_close(block(x, None), y)
-    assert graphs["unique_graphs"] == before + 1
     # as on a machine without one, that has compiled nothing yet
     torch._dynamo.reset()
     train.can_compile.cache_clear()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-compiler",))
     assert not run.compile("tokenizer", model)
-    cfg.compile = "true"
-    assert run.compile("dynamics", model)
-    with pytest.raises(RuntimeError, match="no-compiler"):
-        block(x, None)
 
 
 def test_a_new_round_goes_on_with_policy_and_value_beside_a_new_clone_and_in_hotter_dreams(
@@ -1005,10 +999,8 @@ def test_random_actions_are_held_cover_the_space_and_follow_from_the_seed():
         policy = train.RandomPolicy(toy(**changes), seed)
         policy.reset(range(count))
         return np.stack([policy.act(None, None) for _ in range(T)])
-
     def durations(actions):
         return [np.diff(np.flatnonzero(np.diff(row, prepend=-1))) for row in actions.T]
-
     actions = play(0, action_spec=(999, 999), hold=3, uniform_share=0.0)
     held = np.concatenate(durations(actions.reshape(400, -1)))
     assert np.abs(np.bincount(held, minlength=4)[1:4] / len(held) - 1 / 3).max() < 0.06

@@ -62,7 +62,6 @@ def models():
 
 
 # ---- play.py -------------------------------------------------------------------------------------
-
 def test_from_the_same_context_and_noise_other_keys_dream_another_frame(models):
     player, dreams = play.Player(*models), []
     for keys in ({"x": -1}, {"x": 1}, {"x": -1}, {"y": 1}, {"digit": 1}):
@@ -145,7 +144,6 @@ def test_dreams_start_from_held_out_episodes_where_there_are_some(finished):
 
 
 # ---- bench.py ------------------------------------------------------------------------------------
-
 def test_costs_on_paper_are_those_of_the_work_itself():
     args, cfg = train.parse(["--preset", "tiny", "--run", os.devnull, "--device", "cpu"])
     costs = bench.costs(train.Run(args, cfg))
@@ -173,7 +171,6 @@ def test_bench_prints_the_speed_of_every_job_as_json(monkeypatch, capsys):
 
 
 # ---- measures.py ---------------------------------------------------------------------------------
-
 def test_a_shuffled_dream_has_the_same_context_and_the_actions_of_the_one_beside_it(models):
     _, agent, episodes = models
     pair = [{name: x[:12] for name, x in e.items() if np.ndim(x)} for e in episodes[:2]]
@@ -241,7 +238,6 @@ def test_a_run_is_measured(finished, tmp_path, capsys):
 
 
 # ---- report.py -----------------------------------------------------------------------------------
-
 @pytest.fixture
 def assets(tmp_path, monkeypatch):
     """The folder that report.py reads and writes; its results are the real ones."""
@@ -307,7 +303,6 @@ def test_the_shipped_model_sees_what_carracing_draws():
 
 
 # ---- ablations.py --------------------------------------------------------------------------------
-
 def test_ablations_dream_with_the_ks_of_the_model_and_leave_the_run_as_it_was(
         finished, tmp_path, monkeypatch):
     def contents():
