@@ -670,11 +670,9 @@ def start(*arguments, **options):
 def fork(*arguments):
     """main() in a process that has nothing to import -> the process, what it prints."""
     reader, writer = os.pipe()
-
     def work():
         sys.stdout = open(writer, "w", buffering=1)
         main(*arguments)
-
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     os.close(writer)
@@ -774,6 +772,16 @@ def test_a_copy_of_the_two_files_in_an_empty_folder_runs_to_its_end_and_imports_
         "rewards": ((40,), np.float32), "terminal": ((), np.bool_)}
 
 
+def test_muon_goes_downhill_as_far_along_every_singular_vector():
+    p = torch.nn.Parameter(torch.zeros(20, 6))
+    p.grad, optimizer = torch.randn(20, 6), train.Muon([p], torch.float32)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    u, lengths, v = torch.linalg.svd(p.grad, full_matrices=False)
+    steps = -(u.T @ p.detach() @ v.T) / (0.1 * 0.4 * 20 ** 0.5)
+    assert_close(steps, torch.eye(6), atol=0.35, rtol=0)
+
+
 # ---- Rounds, exact resume, several processes -----------------------------------------------------
 @torch.no_grad()
 def test_blocks_are_compiled_for_long_phases_if_there_is_a_compiler(tmp_path, monkeypatch):
@@ -787,7 +795,6 @@ def test_blocks_are_compiled_for_long_phases_if_there_is_a_compiler(tmp_path, mo
     assert not run.compile("dynamics", model) and not block._compiled_call_impl
     assert run.compile("tokenizer", model) and block._compiled_call_impl
     assert_close(block(x, None), y)
-    # as on a machine without one, that has compiled nothing yet
     torch._dynamo.reset()
     train.can_compile.cache_clear()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
