@@ -318,6 +318,7 @@ def test_shortcut_forcing_is_eq_7_in_velocities_both_terms_ramped_targets_withou
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
 def test_generation_with_an_oracle_returns_the_data_in_k_steps(k):
     (data, noise), calls = torch.randn(2, 1, 1, 4, 4), []
+
     def oracle(z, tau, d):
         assert_close(z, (1 - tau) * noise + tau * data)  # on the way from noise to data
         calls.append((tau, d))
@@ -670,9 +671,11 @@ def start(*arguments, **options):
 def fork(*arguments):
     """main() in a process that has nothing to import -> the process, what it prints."""
     reader, writer = os.pipe()
+
     def work():
         sys.stdout = open(writer, "w", buffering=1)
         main(*arguments)
+
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     os.close(writer)
@@ -896,7 +899,8 @@ def test_two_processes_equal_one_here_with_recorded_data(tmp_path):
     ("-", "--compile yes", "compile auto true false"),
     ("*", '--env_kwargs {"seen":[2],"picture":"None"}', "picture (H, W, 3)"),
     ("*", '--env_kwargs {"picture":"(7,7,7)"}', "same picture --env"),
-    ("*", '--env_kwargs {"reward":"None"}', "reward number"),
+    *[("*", f'--env_kwargs {{"reward":"{reward}"}}', "reward") for reward in (
+        "np.ones(2)", "None", "np.nan")],
     ("*", '--env_kwargs {"nonsense":1}', "nonsense"),
     ("*", "--env Nowhere-v0", "Nowhere package:id"), ("-", "--checkpoint a.pt", "a.pt"),
     ({"rewards": np.full(12, np.nan, np.float32)}, "--phase dynamics", "0.npz rewards finite"),
@@ -1006,8 +1010,10 @@ def test_random_actions_are_held_cover_the_space_and_follow_from_the_seed():
         policy = train.RandomPolicy(toy(**changes), seed)
         policy.reset(range(count))
         return np.stack([policy.act(None, None) for _ in range(T)])
+
     def durations(actions):
         return [np.diff(np.flatnonzero(np.diff(row, prepend=-1))) for row in actions.T]
+
     actions = play(0, action_spec=(999, 999), hold=3, uniform_share=0.0)
     held = np.concatenate(durations(actions.reshape(400, -1)))
     assert np.abs(np.bincount(held, minlength=4)[1:4] / len(held) - 1 / 3).max() < 0.06

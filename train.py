@@ -177,10 +177,11 @@ class Run:
             dist.init_process_group(timeout=datetime.timedelta(days=1))
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             # every share begins with a sequence that bootstraps
-            shares = cfg.batch_size, cfg.sequence_shapes(0)[0], cfg.rollouts, cfg.tokenizer_batch
-            if any(B % (self.world_size * cfg.shortcut_every) for B in shares):
-                raise ValueError("batch_size, short or long, rollouts, tokenizer_batch must be "
-                                 "multiples of shortcut_every, times the number of processes")
+            groups = [B / cfg.shortcut_every for B in (cfg.batch_size, cfg.sequence_shapes(0)[0])]
+            shares = *groups, cfg.rollouts, cfg.tokenizer_batch
+            if self.world_size > 1 and any(B % self.world_size for B in shares):
+                raise ValueError(f"{self.world_size} processes cannot share batch_size, short or "
+                                 "long, in groups of shortcut_every, rollouts, tokenizer_batch")
             if self.rank:
                 sys.stdout = open(os.devnull, "w")
 
@@ -317,9 +318,12 @@ def write_file(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     # a process's own, should two evaluate in one folder
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(temporary, "wb") as file:
-        write(file)
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- Environment and policies: frames in, category indices out -----------------------------------
@@ -402,9 +406,11 @@ class PixelEnv(gym.Wrapper):
         action, total = to_action(self.bare.action_space, indices, self.cfg.action_bins), 0.0
         for _ in range(self.cfg.action_repeat):
             observation, reward, *self.end, _ = self.env.step(action)
-            total += np.asarray(reward, float).item()
-            if not np.isfinite(total):
-                raise ValueError("the environment's reward is not a number")
+            # None becomes NaN
+            reward = np.asarray(reward, float)
+            if reward.size != 1 or not np.isfinite(reward).all():
+                raise ValueError(f"the environment's reward is {reward}, not a number")
+            total += reward.item()
             if any(self.end):
                 break
         return self.frame(observation), total, *self.end, {}

@@ -3,6 +3,7 @@ import json
 import os
 import shlex
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import imageio.v3 as imageio
 import numpy as np
@@ -126,6 +127,14 @@ def test_of_a_video_whose_header_promises_more_frames_than_there_are_no_episode_
     assert len(imageio.imread(path, plugin="FFMPEG")) > 5
     assert convert("video", tmp_path) == (1, [])
     assert "broken off" in capfd.readouterr().err
+
+
+def test_of_a_recording_that_cannot_be_read_to_its_end_no_episode_is_left(tmp_path, monkeypatch):
+    resize = Mock(side_effect=[np.zeros((64, 64, 3), np.uint8)] * 10 + [OSError("end of tape")])
+    monkeypatch.setattr(recordings, "resize", resize)
+    monkeypatch.setattr(recordings, "LONGEST_EPISODE", 4)
+    video(tmp_path / "source")
+    assert convert("video", tmp_path) == (1, []) and (tmp_path / "run/data").exists()
 
 
 def test_actions_recorded_in_minerl_are_those_that_its_environment_takes(tmp_path):

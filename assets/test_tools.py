@@ -136,6 +136,13 @@ def test_a_checkpoint_alone_is_enough_to_play(finished, tmp_path):
     assert process.wait(30) == 0
 
 
+def test_dreams_start_from_held_out_episodes_where_there_are_some(finished):
+    run = train.Run(*train.parse(["--run", str(finished)]))
+    tokenizer, agent, _ = run.load_agent()
+    [episode] = play.find_episodes(run, finished / "agent.pt", tokenizer, agent)
+    assert np.array_equal(episode["frames"], train.Data(run).held_out[0]["frames"])
+
+
 # ---- bench.py ------------------------------------------------------------------------------------
 def test_costs_on_paper_are_those_of_the_work_itself():
     args, cfg = train.parse(["--preset", "tiny", "--run", os.devnull, "--device", "cpu"])
