@@ -168,7 +168,9 @@ class Run:
         if self.device == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            bf16 = self.device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            # "bf16" is ARM's name; oneDNN makes products of it
+            fast = map(torch.cpu.get_capabilities().get, ("amx_bf16", "avx512_bf16", "bf16"))
+            bf16 = self.device == "cpu" and torch.backends.mkldnn.is_available() and any(fast)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         if dist.is_torchelastic_launched():
             if self.device == "cuda":
