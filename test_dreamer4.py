@@ -787,6 +787,14 @@ def test_muon_goes_downhill_as_far_along_every_singular_vector():
 
 # ---- Rounds, exact resume, several processes -----------------------------------------------------
 @torch.no_grad()
+@pytest.mark.parametrize("name, dtype", [("avx512_bf16", torch.bfloat16),
+                                         ("avx512_bw", torch.float32)])
+def test_bfloat16_is_for_cpus_with_instructions_for_it(tmp_path, monkeypatch, name, dtype):
+    # AVX512 alone only emulates it, at a quarter of float32's rate
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+    assert new_run(tmp_path).dtype == dtype
+
+
 def test_blocks_are_compiled_for_long_phases_if_there_is_a_compiler(tmp_path, monkeypatch):
     from torch._inductor import config as inductor
     if not train.can_compile("cpu"):
