@@ -8,6 +8,7 @@ that the policy plays first. Only the server's own page may talk to it, and only
 """
 import argparse
 import base64
+import contextlib
 import json
 import sys
 import threading
@@ -117,11 +118,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         status, body, kind = self.answer()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-        self.wfile.write(body)
+        # a tab that was closed no longer waits for its picture
+        with contextlib.suppress(ConnectionError):
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
 
     do_POST = do_GET
 

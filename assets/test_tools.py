@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -120,6 +122,20 @@ def test_strangers_and_nonsense_are_refused_and_the_dream_goes_on(
         ask, status, path, body, method, headers):
     assert ask(path, body, method, **headers)[0] == status
     assert ask("/step", STILL)[0] == 200
+
+
+def test_a_tab_that_closes_before_its_picture_comes_is_no_error(models, capsys):
+    player = play.Player(*models)
+    with play.make_server(player, 0) as server:
+        # it is closed when its threads have ended
+        server.daemon_threads = False
+        tab = socket.create_connection(server.server_address)
+        # closed at once, as a browser does
+        tab.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        player.start = lambda: tab.close() or {}
+        tab.sendall(b"POST /start HTTP/1.0\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}")
+        server.handle_request()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_checkpoint_alone_is_enough_to_play(finished, tmp_path):
